@@ -1,0 +1,36 @@
+# Every target bootstraps what it needs: a virtual environment made by uv from pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-all lint types constraints clean
+
+quickstart: .venv/.ready
+	$(BIN)/promptkd quickstart
+
+test: .venv/.ready
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: .venv/.ready
+	$(BIN)/pytest -q
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.ready
+	$(BIN)/mypy
+
+# Ray and DeepSpeed start several Python processes: they start much faster from compiled bytecode.
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
+		--constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+constraints: .venv/.ready
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --all-extras \
+		--python-version 3.11 --upgrade pyproject.toml --output-file constraints.txt
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,30 @@
+"""Class names, from a file of the user's."""
+
+from pathlib import Path
+
+from engine.config import UserError
+
+__all__ = ["base_count", "read_names"]
+
+
+def read_names(path: str, field: str = "classes.names") -> tuple[str, ...]:
+    """Class names, one a line. Raises UserError for a missing file, an empty or a repeated name."""
+    if not path:
+        raise UserError(f"{field} is not set: a text file with one class name a line")
+    try:
+        names = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{field}: {path} cannot be read ({error})") from None
+    for number, name in enumerate(names, 1):
+        if not name.strip():
+            raise UserError(f"{field}: {path}, line {number} is empty")
+        if names.index(name) < number - 1:
+            raise UserError(f"{field}: {path}, line {number} repeats {name!r}")
+    if not names:
+        raise UserError(f"{field}: {path} is empty")
+    return tuple(name.strip() for name in names)
+
+
+def base_count(classes: int) -> int:
+    """How many of the classes are base: the first half in label order, rounded up (CoCoOp)."""
+    return -(-classes // 2)

@@ -1,0 +1,98 @@
+"""What the student learns: deep visual prompts and the projector, around a frozen tower.
+
+Letters: B images, K prompted layers, P prompts, C tower width, D class vector width.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.clip.towers import ImageTower
+
+__all__ = ["GlobalBatchNorm", "Projector", "PromptedTower"]
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch normalisation whose statistics are those of the whole step, at any world size.
+
+    Sums run over the valid images of all ranks, on any backend; padding and skipped images count
+    for nothing. With one rank and all images valid it is torch's BatchNorm1d.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x_BC: Tensor, valid_B: Tensor | None = None) -> Tensor:
+        if not self.training:
+            mean, var = self.running_mean, self.running_var
+        else:
+            weight = torch.ones_like(x_BC[:, :1]) if valid_B is None else valid_B[:, None].float()
+            count = _summed(weight.sum()).clamp(min=1)
+            mean = _summed((weight * x_BC).sum(0)) / count
+            # Two reductions, not E[x^2] - E[x]^2, which cancels in fp32.
+            var = _summed((weight * (x_BC - mean).square()).sum(0)) / count
+            with torch.no_grad():
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(unbiased, self.momentum)
+        return (x_BC - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Sum over ranks, differentiable."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist_nn.all_reduce(x.clone())
+    return x
+
+
+class Projector(nn.Module):
+    """Linear, batch norm, ReLU, linear: from the student's embedding to the class vectors'."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden)
+        self.norm = GlobalBatchNorm(hidden)
+        self.second = nn.Linear(hidden, outputs)
+
+    def forward(self, x_BC: Tensor, valid_B: Tensor | None = None) -> Tensor:
+        return self.second(F.relu(self.norm(self.first(x_BC), valid_B)))
+
+
+class PromptedTower(nn.Module):
+    """The student: a frozen image tower with trained prompts in its first layers, and a projector.
+
+    Prompts [K, P, C] start as N(0, 0.02); prompts and projector are fp32, whatever the tower is.
+    The tower is not among the module's parameters: nobody broadcasts, partitions or stores it.
+    """
+
+    def __init__(
+        self, tower: ImageTower, prompts: int, depth: int, hidden: int, outputs: int, seed: int
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.projector = Projector(tower.embed_dim, hidden, outputs)
+        self.prompts = nn.Parameter(
+            0.02 * torch.randn(depth, prompts, tower.width, generator=generator)
+        )
+        self._tower = (tower,)  # a tuple hides it from torch.nn
+
+    @property
+    def tower(self) -> ImageTower:
+        return self._tower[0]
+
+    def forward(self, images_BCHW: Tensor, valid_B: Tensor | None = None) -> Tensor:
+        """Unit features [B, D] fp32 of uint8 images."""
+        features = self.tower(images_BCHW, self.prompts)
+        return F.normalize(self.projector(features.float(), valid_B), dim=-1)

@@ -1,0 +1,348 @@
+"""What a run can be told: frozen dataclasses, and the one parser that fills them.
+
+A TOML file is spelled out as flags in front of the command line, so that one parser (tyro) checks
+both: `promptkd distill run.toml --train.lr 1e-3`. Later words win over earlier ones. Unknown keys,
+wrong types and values out of range each end in a one-screen error that names the dotted field.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.conf import Positional, arg
+
+__all__ = [
+    "ClassesConfig",
+    "CorpusConfig",
+    "Flat",
+    "Positional",
+    "Precision",
+    "Range",
+    "RayConfig",
+    "RunConfig",
+    "Section",
+    "StudentConfig",
+    "TargetsConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "UserError",
+    "absolute",
+    "parse",
+    "to_dict",
+]
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PATH = {"path": True}  # metadata of fields that name a file, folder or glob
+
+
+class UserError(ValueError):
+    """The user can mend this: printed as one message, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number in a config field, both included; `above` excludes the lower one."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def complaint(self, value: float) -> str | None:
+        below = value <= self.low if self.above else value < self.low
+        if not (below or value > self.high or math.isnan(value)):
+            return None
+        floor = f"{'greater than' if self.above else 'at least'} {self.low:g}"
+        ceiling = "" if self.high == math.inf else f" and at most {self.high:g}"
+        return f"must be {floor}{ceiling}, got {value}"
+
+
+class Section:
+    """Base of every config dataclass: checks the `Range` of its fields when it is made."""
+
+    prefix: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(hint) is not Annotated:
+                continue
+            for bound in get_args(hint)[1:]:
+                if isinstance(bound, Range) and (why := bound.complaint(getattr(self, name))):
+                    raise UserError(f"{self.prefix}{name} {why}")
+
+
+def path_field(default: str = "") -> Any:
+    """A field that names a file, folder or glob."""
+    return field(default=default, metadata=PATH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(Section):
+    """The unlabeled images, and the images to evaluate on."""
+
+    prefix: ClassVar[str] = "corpus."
+
+    shards: str = path_field()
+    """Folder or glob of WebDataset .tar shards, indexed by `promptkd index`."""
+    evaluation: str = path_field()
+    """Folder or glob of held-out shards; labels (.cls) give base/novel accuracy. Empty: none."""
+    block_samples: Annotated[int, Range(1, 65536)] = 512
+    """Most samples in a block, the unit of reading and labelling."""
+    window_blocks: Annotated[int, Range(1, 4096)] = 4
+    """Samples are shuffled within this many blocks of a lane."""
+    lanes: Annotated[int, Range(1, 65536)] = 4
+    """Lanes of a pass: a multiple of every number of student workers the run may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassesConfig(Section):
+    """The class names and their vectors, shared by teacher and student."""
+
+    prefix: ClassVar[str] = "classes."
+
+    names: str = path_field()
+    """Text file, one class name a line, in label order; the first half (rounded up) is base."""
+    vectors: str = path_field()
+    """Class vectors stored by `promptkd classes`. Empty: computed from the teacher at the start."""
+    template: str = "a photo of a {}."
+    """Sentence around a class name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Section):
+    """The frozen CLIP that labels."""
+
+    prefix: ClassVar[str] = "teacher."
+
+    model: str = ""
+    """open_clip architecture (ViT-L-14-quickgelu), or local-dir:FOLDER."""
+    weights: str = path_field()
+    """Checkpoint file (.pt, .safetensors) or an open_clip tag. Not for local-dir."""
+    precision: Precision = "auto"
+    """auto: fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32."""
+    actors: Annotated[int, Range(1, 100_000)] = 1
+    """Teacher actors in the pool (targets.source = stream)."""
+    gpus: Annotated[float, Range(-1, 1)] = -1
+    """GPUs of one actor; -1: one where the cluster has GPUs, else none."""
+    cpus: Annotated[float, Range(0, 1024)] = 0
+    """Ray CPUs reserved for one actor; 0 lets it share."""
+    threads: Annotated[int, Range(1, 1024)] = 1
+    """CPU threads of one actor, for decoding and for a forward on CPU."""
+    batch: Annotated[int, Range(1, 65536)] = 256
+    """Images of one forward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(Section):
+    """The CLIP image tower that learns, through its prompts and projector alone."""
+
+    prefix: ClassVar[str] = "student."
+
+    model: str = ""
+    """open_clip architecture (ViT-B-16-quickgelu), or local-dir:FOLDER."""
+    weights: str = path_field()
+    """Checkpoint file (.pt, .safetensors) or an open_clip tag. Not for local-dir."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the frozen tower; prompts and projector stay fp32. auto: bf16 on a GPU, else fp32."""
+    prompts: Annotated[int, Range(1, 1024)] = 4
+    """Visual prompts of a layer."""
+    depth: Annotated[int, Range(1, 1024)] = 9
+    """Layers with prompts of their own."""
+    projector_width: Annotated[int, Range(0, 65536)] = 0
+    """Hidden width of the projector; 0: the teacher's embedding width."""
+    workers: Annotated[int, Range(1, 65536)] = 1
+    """Student workers (DeepSpeed ranks)."""
+    gpus: Annotated[float, Range(-1, 1)] = -1
+    """GPUs of one worker; -1: one where the cluster has GPUs, else none."""
+    cpus: Annotated[float, Range(0, 1024, above=True)] = 1
+    """Ray CPUs reserved for one worker."""
+    threads: Annotated[int, Range(1, 1024)] = 1
+    """CPU threads of one worker, for decoding and for a step on CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsConfig(Section):
+    """Where a student's soft targets come from."""
+
+    prefix: ClassVar[str] = "targets."
+
+    source: Literal["stream", "inline"] = "stream"
+    """stream: a pool of teacher actors; inline: a teacher in every student worker."""
+    outstanding: Annotated[int, Range(1, 1024)] = 4
+    """Blocks a student worker has asked for and not yet received, at most."""
+    timeout_s: Annotated[float, Range(1)] = 600.0
+    """A label that takes longer stops the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """How the student learns."""
+
+    prefix: ClassVar[str] = "train."
+
+    passes: Annotated[int, Range(1, 1_000_000)] = 20
+    """Traversals of the corpus."""
+    views: Annotated[int, Range(0, 1_000_000)] = 0
+    """Different random views of an image the passes cycle through; 0: one a pass."""
+    crop_scale: Annotated[float, Range(0, 1, above=True)] = 0.08
+    """Smallest share of the image's area that a view keeps."""
+    batch: Annotated[int, Range(1, 16_777_216)] = 256
+    """Images of a step, over all workers: a multiple of corpus.lanes."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum 0.9, or AdamW."""
+    lr: Annotated[float, Range(0, above=True)] = 0.005
+    """Peak learning rate, at this batch."""
+    weight_decay: Annotated[float, Range(0)] = 5e-4
+    """L2 (sgd) or decoupled (adamw) weight decay."""
+    warmup_steps: Annotated[int, Range(0)] = 20
+    """Linear warm-up; then a cosine to zero."""
+    temperature: Annotated[float, Range(0, above=True)] = 1.0
+    """tau of the KL; both logit scales are divided by it."""
+    kd_weight: Annotated[float, Range(0, above=True)] = 1.0
+    """Factor of the KL after its reduction."""
+    reduction: Literal["batchmean", "paper"] = "batchmean"
+    """batchmean: sum over classes, mean over images; paper: that divided by N classes as well."""
+    checkpoint_steps: Annotated[int, Range(1)] = 500
+    """Steps between checkpoints; one is always written at the end."""
+    log_steps: Annotated[int, Range(1)] = 10
+    """Steps between metric records."""
+    max_failures: Annotated[int, Range(-1)] = 3
+    """Times the student workers are restarted from the last checkpoint; -1: without limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig(Section):
+    """The Ray cluster to use."""
+
+    prefix: ClassVar[str] = "ray."
+
+    address: str = ""
+    """Cluster to join (host:port, or auto). Empty: RAY_ADDRESS if set, else a local one."""
+    start_timeout_s: Annotated[float, Range(1)] = 300.0
+    """Longest wait for the cluster to have room."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """Distils a teacher into a student over unlabeled images."""
+
+    name: str
+    """Name of the run; its folder is runs_dir/name."""
+    runs_dir: str = path_field("runs")
+    """Where run folders are kept."""
+    overwrite: bool = False
+    """Replace the run folder if it holds a finished or broken run."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1
+    """Of the order, the views and the student's first weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where the cluster has GPUs."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    classes: ClassesConfig = field(default_factory=ClassesConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name or self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            raise UserError(f"name must be a plain folder name, got {self.name!r}")
+        if self.corpus.lanes % self.student.workers:
+            raise UserError(
+                f"corpus.lanes ({self.corpus.lanes}) must be a multiple of "
+                f"student.workers ({self.student.workers})"
+            )
+        if self.train.batch % self.corpus.lanes:
+            raise UserError(
+                f"train.batch ({self.train.batch}) must be a multiple of "
+                f"corpus.lanes ({self.corpus.lanes})"
+            )
+        if "{}" not in self.classes.template:
+            raise UserError(f"classes.template must hold {{}}, got {self.classes.template!r}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def views(self) -> int:
+        return self.train.views or self.train.passes
+
+
+T = TypeVar("T")
+Flat = Annotated[T, arg(name="")]  # a nested config whose own name does not show in its flags
+
+
+def parse(schema: type[T], args: Sequence[str], *, prog: str, from_toml: bool = False) -> T:
+    """Fills `schema` from flags and, with `from_toml`, from the TOML files among `args`. Ends the
+    process with a message if it cannot (exit code 2), or after --help (exit code 0)."""
+    files = [word for word in args if word.endswith(".toml")] if from_toml else []
+    words = [word for word in args if word not in files]
+    flags = [flag for file in files for flag in _toml_flags(file)]
+    try:
+        return tyro.cli(
+            schema,
+            args=flags + words,
+            prog=prog,
+            use_underscores=True,
+        )
+    except SystemExit as end:
+        if end.code and files:
+            print(f"Read from {', '.join(files)}, then the command line.", file=sys.stderr)
+        raise
+
+
+def _toml_flags(file: str) -> list[str]:
+    try:
+        tree = tomllib.loads(Path(file).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from None
+    return [word for name, value in _leaves(tree) for word in _words(name, value)]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        section, _, last = name.rpartition(".")
+        flag = last if value else f"no_{last}"
+        return [f"--{section}.{flag}" if section else f"--{flag}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def absolute(config: T) -> T:
+    """The same config with every path made absolute, so that it means the same on another node."""
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = absolute(value)
+        elif f.metadata == PATH and value and "://" not in value:
+            is_tag = f.name == "weights" and not Path(value).exists()
+            changes[f.name] = value if is_tag else str(Path(value).absolute())
+        elif f.name == "model" and value.startswith("local-dir:"):
+            folder = Path(value.removeprefix("local-dir:"))
+            changes[f.name] = f"local-dir:{folder.absolute()}"
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]

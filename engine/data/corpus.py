@@ -1,0 +1,181 @@
+"""Reading a corpus: indexed WebDataset shards, cut into blocks.
+
+A corpus is a folder of plain `.tar` shards, each with its `.idx` beside it, and one manifest. A
+sample's id is (shard number, position in the shard). Nothing is ever extracted, and a key is only a
+name: the bytes of a block come with one ranged read, by the offsets of the index.
+"""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.config import UserError
+from engine.data.order import Block, cut_blocks
+
+__all__ = ["INDEX_VERSION", "MANIFEST", "Corpus", "Member", "Sample", "is_image"]
+
+MANIFEST = "corpus.parquet"
+INDEX_VERSION = "v1.2"
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+class Member(NamedTuple):
+    """One file of a sample, as the index has it."""
+
+    suffix: str
+    offset: int
+    bytes: int
+    name: str
+
+
+class Sample(NamedTuple):
+    """One sample as it is stored. `data` is None where `reason` says why it cannot be used."""
+
+    shard: int
+    position: int
+    data: memoryview | None
+    reason: str | None
+    label: int | None
+
+
+def is_image(suffix: str) -> bool:
+    return suffix.rsplit(".", 1)[-1].lower() in _IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Indexed shards, cut into blocks."""
+
+    shards: tuple[str, ...]
+    blocks: np.ndarray  # int64 [n, 3]: rows of Block
+    excluded: tuple[dict[int, str], ...]  # of each shard: position -> reason
+    fingerprint: str
+
+    @classmethod
+    def open(cls, where: str, block_samples: int, field: str = "corpus.shards") -> "Corpus":
+        """Opens the shards of a folder, or those that a glob matches, in the order of their names.
+
+        Raises UserError, naming `field`, where there are none, where they are not indexed, or where
+        the manifest does not fit what is on disk.
+        """
+        paths = _expand(where, field)
+        manifest = _read_manifest(Path(paths[0]).parent / MANIFEST, field)
+        rows = []
+        for path in paths:
+            row = manifest.get(Path(path).name)
+            if row is None:
+                raise UserError(f"{field}: {path} is not in {MANIFEST}; run `promptkd index`")
+            if os.path.getsize(path) != row["bytes"]:
+                raise UserError(
+                    f"{field}: {path} has {os.path.getsize(path)} bytes, its manifest says "
+                    f"{row['bytes']}; run `promptkd index` again"
+                )
+            if not Path(path).with_suffix(".idx").exists():
+                raise UserError(f"{field}: {path} has no .idx beside it; run `promptkd index`")
+            rows.append(row)
+        if "*" not in where and (lost := set(manifest) - {Path(p).name for p in paths}):
+            raise UserError(
+                f"{field}: shard {Path(where) / min(lost)} is in {MANIFEST} but missing"
+            )
+        samples = np.array([row["samples"] for row in rows], np.int64)
+        excluded = tuple(
+            dict(zip(row["excluded_positions"], row["excluded_reasons"], strict=True))
+            for row in rows
+        )
+        if samples.sum() == sum(map(len, excluded)):
+            raise UserError(f"{field}: {where} holds no usable image")
+        identity = "\n".join(f"{row['shard']} {row['sha256']}" for row in rows)
+        return cls(
+            tuple(paths),
+            cut_blocks(samples, block_samples),
+            excluded,
+            hashlib.sha256(identity.encode()).hexdigest(),
+        )
+
+    @property
+    def samples(self) -> int:
+        return int(self.blocks[:, 2].sum())
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of every block, int64 [n]."""
+        return self.blocks[:, 2]
+
+    def read(self, block: int) -> list[Sample]:
+        """The samples of a block, in the order of their positions, with one ranged read."""
+        shard, start, length = Block(*map(int, self.blocks[block]))
+        rows = _read_index(Path(self.shards[shard]).with_suffix(".idx"))[start : start + length]
+        low = min(offset for row in rows for _, offset, _, _ in row)
+        high = max(offset + size for row in rows for _, offset, size, _ in row)
+        fs, path = fsspec.core.url_to_fs(self.shards[shard])
+        data = memoryview(fs.cat_file(path, start=low, end=high))
+        return [self._sample(shard, start + i, row, data, low) for i, row in enumerate(rows)]
+
+    def _sample(
+        self,
+        shard: int,
+        position: int,
+        row: list[Member],
+        data: memoryview,
+        low: int,
+    ) -> Sample:
+        image, label = None, None
+        for suffix, offset, size, _ in row:
+            member = data[offset - low : offset - low + size]
+            if suffix == "cls":
+                label = int(bytes(member))
+            elif image is None and is_image(suffix):
+                image = member
+        reason = self.excluded[shard].get(position)
+        return Sample(shard, position, image if reason is None else None, reason, label)
+
+
+def _expand(where: str, field: str) -> list[str]:
+    if not where:
+        raise UserError(f"{field} is not set: give a folder or glob of .tar shards")
+    if ":" in where.split("/", 1)[0]:
+        raise UserError(f"{field}: {where}: only local folders and globs of shards are read")
+    paths = sorted(glob.glob(str(Path(where) / "*.tar") if Path(where).is_dir() else where))
+    if not paths:
+        raise UserError(f"{field}: no .tar shards at {where}")
+    if strange := [p for p in paths if not p.endswith(".tar")]:
+        raise UserError(f"{field}: {strange[0]} is not a plain .tar shard")
+    if len({Path(p).parent for p in paths}) > 1:
+        raise UserError(f"{field}: {where} matches shards in several folders; name one")
+    return paths
+
+
+def _read_manifest(path: Path, field: str) -> dict[str, dict]:
+    if not path.exists():
+        raise UserError(f"{field}: {path} is missing; run `promptkd index {path.parent}`")
+    try:
+        return {row["shard"]: row for row in pq.read_table(path).to_pylist()}
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise UserError(f"{field}: {path} is not a corpus manifest ({error})") from None
+
+
+@lru_cache(maxsize=64)
+def _read_index(path: Path) -> list[list[Member]]:
+    return list(_parse_index(path))
+
+
+def _parse_index(path: Path) -> Iterator[list[Member]]:
+    lines = path.read_text().splitlines()
+    if not lines or lines[0].split()[0] != INDEX_VERSION:
+        raise UserError(f"{path}: not a {INDEX_VERSION} index; run `promptkd index` again")
+    for line in lines[1:]:
+        words = line.split(" ")
+        members = zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True)
+        yield [
+            Member(suffix, int(offset), int(size), name) for suffix, offset, size, name in members
+        ]

@@ -1,0 +1,216 @@
+"""Making a corpus: images into WebDataset shards, shards into indexes and a manifest.
+
+Beside each plain `.tar` shard lies its index in DALI's `wds2idx` format (v1.2), and one manifest,
+`corpus.parquet`, holds a row a shard: samples, bytes, sha256, and which samples are excluded, why.
+"""
+
+import hashlib
+import io
+import os
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import webdataset as wds
+from webdataset.tariterators import base_plus_ext
+
+from engine.config import UserError
+from engine.data.corpus import INDEX_VERSION, MANIFEST, Member, is_image
+from engine.data.header import BadImage, read_header
+
+__all__ = ["ShardIndex", "index_shard", "write_manifest", "write_shards"]
+
+_END_OF_TAR = bytes(1024)
+
+
+class ShardIndex(NamedTuple):
+    """What the index pass found in one shard."""
+
+    name: str
+    rows: list[list[Member]]  # the members of every sample
+    bytes: int
+    sha256: str
+    excluded: dict[int, str]  # position in shard -> reason
+    complete: bool  # False: no end-of-archive mark, so the shard may have lost its tail
+
+
+def write_shards(
+    images: Path,
+    out: Path,
+    class_names: Sequence[str] | None,
+    shard_samples: int,
+    skip_invalid: bool,
+    seed: int = 0,
+) -> tuple[list[Path], list[str], Counter[str]]:
+    """Packs a folder of images into shards `out/NNNNNN.tar`, in a seeded shuffled order.
+
+    Sub-folders, if any, are classes; their labels (`.cls`) serve evaluation alone. Returns the
+    shards, the class names in label order, and how many files were left out, by reason. Raises
+    UserError for a file that is not an image, unless `skip_invalid`, and for a sub-folder that is
+    not a class.
+    """
+    if not images.is_dir():
+        raise UserError(f"images: {images} is not a folder")
+    files = sorted(f for f in images.rglob("*") if f.is_file() and not _hidden(f, images))
+    if not files:
+        raise UserError(f"images: {images} holds no files")
+    if out.exists() and any(out.glob("*.tar")):
+        raise UserError(f"out: {out} already holds shards; remove them or name another folder")
+    folders = sorted({f.relative_to(images).parts[0] for f in files if f.parent != images})
+    names = list(class_names) if class_names is not None else [_spaced(name) for name in folders]
+    labels = {name: label for label, name in enumerate(names)}
+    if class_names is not None and (strange := [f for f in folders if _spaced(f) not in labels]):
+        raise UserError(f"classes: {images / strange[0]} is not among the {len(names)} class names")
+
+    random.Random(seed).shuffle(files)
+    out.mkdir(parents=True, exist_ok=True)
+    left_out: Counter[str] = Counter()
+    pattern = str(out / "%06d.tar").replace("%06d", "\0").replace("%", "%%").replace("\0", "%06d")
+    writer = wds.ShardWriter(
+        pattern,
+        maxcount=shard_samples,
+        verbose=0,
+        opener=lambda path: open(path, "wb"),
+        mtime=0,  # shards of the same images are the same bytes
+    )
+    with writer:
+        for number, file in enumerate(files):
+            data = file.read_bytes()
+            try:
+                kind = read_header(data).format
+            except BadImage as bad:
+                if not skip_invalid:
+                    raise UserError(
+                        f"images: {file} is not a usable JPEG, PNG or WebP image ({bad}); "
+                        "remove it or pass --skip-invalid"
+                    ) from None
+                left_out[str(bad)] += 1
+                continue
+            sample = {"__key__": _key(number, file.relative_to(images)), kind: data}
+            if file.parent != images:
+                sample["cls"] = str(labels[_spaced(file.relative_to(images).parts[0])]).encode()
+            writer.write(sample)
+    return sorted(out.glob("*.tar")), names, left_out
+
+
+def _hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _spaced(folder: str) -> str:
+    return folder.replace("_", " ")
+
+
+def _key(number: int, path: Path) -> str:
+    return f"{number:08d}_" + re.sub(r"[^A-Za-z0-9_-]+", "_", str(path.with_suffix("")))[-64:]
+
+
+def write_manifest(folder: Path, shards: Iterable[ShardIndex]) -> None:
+    """Writes the index of every shard and, last, the manifest of the folder; each atomically."""
+    found = list(shards)
+    for shard in found:
+        lines = [f"{INDEX_VERSION} {len(shard.rows)}"]
+        for row in shard.rows:
+            lines.append(" ".join(f"{s} {o} {n} {_solid(name)}" for s, o, n, name in row))
+        _replace((folder / shard.name).with_suffix(".idx"), ("\n".join(lines) + "\n").encode())
+    table = pa.table(
+        {
+            "shard": [shard.name for shard in found],
+            "samples": pa.array([len(shard.rows) for shard in found], pa.int64()),
+            "bytes": pa.array([shard.bytes for shard in found], pa.int64()),
+            "sha256": [shard.sha256 for shard in found],
+            "complete": [shard.complete for shard in found],
+            "excluded_positions": pa.array(
+                [list(shard.excluded) for shard in found], pa.list_(pa.int64())
+            ),
+            "excluded_reasons": pa.array(
+                [list(shard.excluded.values()) for shard in found], pa.list_(pa.string())
+            ),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    _replace(folder / MANIFEST, buffer.getvalue())
+
+
+def _solid(name: str) -> str:
+    """The index is split at blanks, and nobody reads the name."""
+    return re.sub(r"\s", "_", name)
+
+
+def index_shard(path: Path) -> ShardIndex:
+    """One pass over a shard: where its members lie, its hash, and which samples cannot be used."""
+    rows: list[list[Member]] = []
+    excluded: dict[int, str] = {}
+    key = None
+    with open(path, "rb") as raw:
+        stream = _Hashing(raw)
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    base, suffix = base_plus_ext(member.name)
+                    if not member.isreg() or base is None or base.rsplit("/", 1)[-1] == "":
+                        continue
+                    if base != key:
+                        key = base
+                        rows.append([])
+                        excluded[len(rows) - 1] = "no_image"
+                    rows[-1].append(Member(suffix, member.offset_data, member.size, member.name))
+                    if is_image(suffix):
+                        body = tar.extractfile(member)
+                        assert body is not None
+                        _judge(body.read(), len(rows) - 1, excluded)
+        except tarfile.TarError as error:
+            if not rows:
+                raise UserError(f"{path}: not a tar file ({error})") from None
+            # The sample that was cut keeps its row, so that what is lost is counted.
+            excluded[len(rows) - 1] = "truncated"
+        stream.drain()
+    if not rows:
+        raise UserError(f"{path}: holds no samples")
+    return ShardIndex(
+        path.name,
+        rows,
+        stream.bytes,
+        stream.sha256.hexdigest(),
+        excluded,
+        stream.tail == _END_OF_TAR,
+    )
+
+
+def _judge(data: bytes, position: int, excluded: dict[int, str]) -> None:
+    try:
+        read_header(data)
+        excluded.pop(position, None)
+    except BadImage as bad:
+        excluded[position] = str(bad)
+
+
+class _Hashing(io.RawIOBase):
+    """A readable stream that hashes and counts what passes through it."""
+
+    def __init__(self, raw: io.BufferedIOBase) -> None:
+        self.raw, self.sha256, self.bytes, self.tail = raw, hashlib.sha256(), 0, b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.raw.read(size)
+        self.sha256.update(data)
+        self.bytes += len(data)
+        self.tail = (self.tail + data)[-len(_END_OF_TAR) :]
+        return data
+
+    def drain(self) -> None:
+        while self.read(1 << 20):
+            pass
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_bytes(data)
+    os.replace(partial, path)

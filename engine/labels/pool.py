@@ -1,0 +1,191 @@
+"""Teachers as Ray actors, and the target source that streams from a pool of them.
+
+The student pulls: a fixed number of requests is outstanding, each sent to the teacher that owes it
+least. Teachers restart without limit and their calls are retried, which is safe because a label is
+a pure function. Replies are method returns, which survive their maker's death.
+"""
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from engine.clip.class_vectors import ClassVectors
+from engine.clip.towers import load_clip
+from engine.config import RunConfig
+from engine.data.corpus import Corpus
+from engine.data.decode import Decoder
+from engine.data.loader import Batch
+from engine.data.views import ViewPolicy
+from engine.labels.targets import BlockView, SoftTargets, unpack
+from engine.labels.teacher import Labeller, Teacher, fingerprint
+
+__all__ = ["StreamSource", "TeacherActor", "open_corpora", "start_pool"]
+
+
+def open_corpora(config: RunConfig) -> dict[str, Corpus]:
+    """The corpora of a run, by the names that BlockView uses."""
+    block_samples = config.corpus.block_samples
+    corpora = {"shards": Corpus.open(config.corpus.shards, block_samples)}
+    if config.corpus.evaluation:
+        corpora["evaluation"] = Corpus.open(
+            config.corpus.evaluation, block_samples, "corpus.evaluation"
+        )
+    return corpora
+
+
+class TeacherActor:
+    """A Labeller in a process of its own; `config` must be resolved (no "auto")."""
+
+    def __init__(self, config: RunConfig, classes: ClassVectors) -> None:
+        torch.set_num_threads(config.teacher.threads)
+        device = torch.device(config.device)
+        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher")
+        policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
+        precision = config.teacher.precision
+        self._labeller = Labeller(
+            Teacher(clip, classes, precision, device, config.teacher.batch),
+            open_corpora(config),
+            Decoder(policy, config.device, config.teacher.threads),
+            fingerprint(classes, policy, precision),
+        )
+
+    def label(self, wanted: BlockView) -> SoftTargets:
+        return self._labeller.label(wanted)
+
+
+def start_pool(config: RunConfig, classes: ClassVectors) -> list[ActorHandle]:
+    """Starts the teachers; they load while the caller goes on."""
+    actor: Any = ray.remote(TeacherActor).options(
+        num_cpus=config.teacher.cpus,
+        num_gpus=config.teacher.gpus,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    return [actor.remote(config, classes) for _ in range(config.teacher.actors)]
+
+
+class StreamSource:
+    """Target source over a pool of teachers.
+
+    `kept_samples` bounds the labels held, in samples. `waited_s` is the time spent waiting for
+    labels. Raises RuntimeError for a label that does not come within `timeout_s`, is not finite, or
+    was made by another teacher, or under another view policy, than this run's.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[ActorHandle],
+        teacher_fingerprint: str,
+        w_ND: Tensor,
+        scale: float,
+        outstanding: int,
+        timeout_s: float,
+        kept_samples: int,
+        rank: int,
+    ) -> None:
+        assert teachers
+        self.waited_s = 0.0
+        # Each rank starts with another teacher, so that equal loads spread evenly.
+        turn = rank % len(teachers)
+        self._teachers = [*teachers[turn:], *teachers[:turn]]
+        self._owed = [0] * len(teachers)
+        self._fingerprint, self._w_ND, self._scale = teacher_fingerprint, w_ND, scale
+        self._outstanding, self._timeout_s = outstanding, timeout_s
+        self._queue: deque[BlockView] = deque()
+        self._asked: dict[ray.ObjectRef, tuple[BlockView, int]] = {}
+        self._kept: OrderedDict[BlockView, SoftTargets] = OrderedDict()
+        self._kept_samples = kept_samples
+
+    def request(self, wanted: Sequence[BlockView]) -> None:
+        known = {*self._queue, *self._kept, *(block for block, _ in self._asked.values())}
+        self._queue.extend(block for block in wanted if block not in known)
+        self._pump()
+
+    def logits(self, batch: Batch) -> tuple[Tensor, np.ndarray]:
+        work = batch.work
+        blocks = np.where(work.share.valid, work.share.blocks, -1)
+        needed = [BlockView(work.corpus, int(b), work.view) for b in np.unique(blocks) if b >= 0]
+        self._await(needed)
+        answers = {wanted.block: self._kept[wanted] for wanted in needed}
+        valid = np.zeros(len(blocks), bool)
+        if not answers:  # a share of nothing but padding
+            return self._w_ND.new_zeros(len(blocks), len(self._w_ND)), valid
+        form, width = next((t.form, t.values.shape[1]) for t in answers.values())
+        values = np.zeros((len(blocks), width), np.float16)
+        for block, answer in answers.items():
+            rows = blocks == block
+            values[rows] = answer.values[work.share.offsets[rows]]
+            valid[rows] = answer.valid[work.share.offsets[rows]]
+        on_device = torch.from_numpy(values).to(self._w_ND.device, non_blocking=True)
+        return unpack(form, on_device, self._w_ND, self._scale), valid & batch.valid_B
+
+    def close(self) -> None:
+        for ref in self._asked:
+            ray.cancel(ref)
+
+    def _pump(self) -> None:
+        while self._queue and len(self._asked) < self._outstanding:
+            teacher = self._owed.index(min(self._owed))
+            wanted = self._queue.popleft()
+            self._asked[self._teachers[teacher].label.remote(wanted)] = (wanted, teacher)
+            self._owed[teacher] += 1
+
+    def _await(self, needed: Sequence[BlockView]) -> None:
+        started = time.perf_counter()
+        self._collect(0)
+        missing = [wanted for wanted in needed if wanted not in self._kept]
+        asked = {block for block, _ in self._asked.values()}
+        for wanted in reversed([m for m in missing if m not in asked]):
+            if wanted in self._queue:
+                self._queue.remove(wanted)
+            self._queue.appendleft(wanted)
+        self._pump()
+        while not all(wanted in self._kept for wanted in needed):
+            left_s = self._timeout_s - (time.perf_counter() - started)
+            if left_s <= 0 or not self._collect(left_s):
+                raise RuntimeError(
+                    f"targets.timeout_s: no label of {missing[0]} after {self._timeout_s:.0f} s; "
+                    f"{len(self._asked)} requests are with {len(self._teachers)} teachers"
+                )
+        for wanted in needed:
+            self._kept.move_to_end(wanted)
+        self._evict()
+        self.waited_s += time.perf_counter() - started
+
+    def _collect(self, timeout_s: float) -> bool:
+        """Takes in the answers that have come; waits for one at most `timeout_s`."""
+        if not self._asked:
+            return False
+        refs = list(self._asked)
+        ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=True)
+        if ready:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=True)
+        for ref in ready:
+            wanted, teacher = self._asked.pop(ref)
+            self._owed[teacher] -= 1
+            self._kept[wanted] = self._checked(wanted, ray.get(ref))
+        self._pump()
+        return bool(ready)
+
+    def _checked(self, wanted: BlockView, answer: SoftTargets) -> SoftTargets:
+        if answer.fingerprint != self._fingerprint:
+            raise RuntimeError(
+                f"label of {wanted} was made by {answer.fingerprint}, "
+                f"this run wants {self._fingerprint}"
+            )
+        if not np.isfinite(answer.values[answer.valid]).all():
+            raise RuntimeError(f"label of {wanted} is not finite: stopped before it is trained on")
+        return answer
+
+    def _evict(self) -> None:
+        held = sum(len(answer.valid) for answer in self._kept.values())
+        while held > self._kept_samples and len(self._kept) > 1:
+            _, answer = self._kept.popitem(last=False)
+            held -= len(answer.valid)

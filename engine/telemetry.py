@@ -1,0 +1,71 @@
+"""What a run tells of itself: records as JSON lines, and what NVML says of the GPUs."""
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+__all__ = ["GpuSampler", "Recorder"]
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Appends records to `metrics.jsonl`; each is on the disk's queue before record() returns."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = open(folder / "metrics.jsonl", "a", buffering=1)
+
+    def record(self, kind: str, **values: Any) -> None:
+        self._file.write(json.dumps({"time": time.time(), "kind": kind, **values}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class GpuSampler:
+    """Means of GPU utilisation, memory and power since the last call, by a thread once a second.
+
+    Where NVML is absent it says so in one line, and has nothing to tell.
+    """
+
+    def __init__(self, index: int, period_s: float = 1.0) -> None:
+        self._samples: list[tuple[float, float, float]] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        try:
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        except pynvml.NVMLError as error:
+            log.info("no GPU metrics: %s", error)
+            return
+        self._thread = threading.Thread(target=self._run, args=(period_s,), daemon=True)
+        self._thread.start()
+
+    def means(self) -> dict[str, float]:
+        """gpu_utilisation (0..1), gpu_memory_bytes, gpu_power_w; empty without NVML."""
+        samples, self._samples = self._samples, []
+        if not samples:
+            return {}
+        columns = [sum(column) / len(samples) for column in zip(*samples, strict=True)]
+        return dict(
+            zip(("gpu_utilisation", "gpu_memory_bytes", "gpu_power_w"), columns, strict=True)
+        )
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+            pynvml.nvmlShutdown()
+
+    def _run(self, period_s: float) -> None:
+        while not self._stop.wait(period_s):
+            used = pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
+            memory = float(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+            self._samples.append(
+                (used, memory, pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000)
+            )

@@ -1,0 +1,97 @@
+"""Checkpoints of a run: what the student has learned, its optimizer, and the cursor, atomically.
+
+A checkpoint is a folder `step-NNNNNNNN` of two safetensors files and a `state.json`, which holds
+the cursor, the ledger and the sha256 of the other two. It is written under another name, flushed to
+the disk, and renamed last; so a folder of that name is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.train.ledger import Ledger
+
+__all__ = ["Checkpoint", "load_latest", "save"]
+
+_KEEP = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` steps. Optimizer entries are named `parameter/state`."""
+
+    step: int
+    train_s: float
+    ledger: Ledger  # of all workers
+    student: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint into `folder` and removes all but the newest ones."""
+    final = folder / f"step-{checkpoint.step:08d}"
+    partial = folder / f"{final.name}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(checkpoint.student, partial / "student.safetensors")
+    save_file(checkpoint.optimizer, partial / "optimizer.safetensors")
+    state = {
+        "step": checkpoint.step,
+        "train_s": checkpoint.train_s,
+        "ledger": asdict(checkpoint.ledger),
+        "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())},
+    }
+    (partial / "state.json").write_text(json.dumps(state, indent=2))
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    if final.exists():  # left by a life of this run that went further than its successor
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush(folder)
+    for old in _steps(folder)[:-_KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint, or None where there is none yet.
+
+    Raises ValueError, naming the file, if its hashes do not hold.
+    """
+    steps = _steps(folder)
+    if not steps:
+        return None
+    state = json.loads((steps[-1] / "state.json").read_text())
+    for name, sha256 in state["sha256"].items():
+        if _sha256(steps[-1] / name) != sha256:
+            raise ValueError(f"{steps[-1] / name} is damaged: its sha256 is not that of state.json")
+    return Checkpoint(
+        state["step"],
+        state["train_s"],
+        Ledger(**state["ledger"]),
+        load_file(steps[-1] / "student.safetensors"),
+        load_file(steps[-1] / "optimizer.safetensors"),
+    )
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""Accuracy over base and novel classes, and agreement with the teacher.
+
+Protocol (CoOp, CoCoOp, PromptKD): classes in label order, the first half (rounded up) is base, the
+rest novel; an image is classified among the classes of its own half. Letters: B images, N classes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.corpus import Corpus
+from engine.data.decode import Decoder
+from engine.data.loader import AHEAD, Loader, Work
+from engine.data.order import Share
+from engine.data.views import TEST_VIEW
+from engine.labels.targets import BlockView, TargetSource
+from engine.train.ledger import Ledger
+
+__all__ = ["Score", "evaluate", "tally"]
+
+Model = Callable[[Tensor], Tensor]  # uint8 images [B, 3, S, S] on the device -> logits [B, N]
+
+
+def tally(
+    logits_BN: Tensor, labels_B: Tensor, base: int, teacher_logits_BN: Tensor | None = None
+) -> Tensor:
+    """Counts of a batch, int64 [6]: base right, base, novel right, novel, agreeing, compared.
+
+    `labels_B` is -1 where an image has none; agreement is over all N classes.
+    """
+    is_base, is_novel = (labels_B >= 0) & (labels_B < base), labels_B >= base
+    right_base = (logits_BN[:, :base].argmax(-1) == labels_B) & is_base
+    novel = logits_BN[:, base:]
+    top_novel = novel.argmax(-1) + base if novel.shape[1] else torch.full_like(labels_B, -1)
+    right_novel = (top_novel == labels_B) & is_novel
+    counts = [right_base.sum(), is_base.sum(), right_novel.sum(), is_novel.sum()]
+    if teacher_logits_BN is None:
+        counts += [torch.zeros_like(counts[0])] * 2
+    else:
+        agree = logits_BN.argmax(-1) == teacher_logits_BN.argmax(-1)
+        counts += [agree.sum(), torch.full_like(counts[0], len(agree))]
+    return torch.stack(counts)
+
+
+def evaluate(
+    models: Mapping[str, Model],
+    source: TargetSource | None,
+    corpus: Corpus,
+    blocks: Sequence[int],
+    decoder: Decoder,
+    base: int,
+    batch: int,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], Ledger]:
+    """tally() of every model, and of the teacher behind `source` if there is one (`teacher`), over
+    the test view of some blocks of a corpus; and what became of the samples."""
+    if source:
+        source.request([BlockView("evaluation", block, TEST_VIEW) for block in blocks])
+    names = [*models, "teacher"] if source else [*models]
+    tallies = {name: torch.zeros(6, dtype=torch.int64) for name in names}
+    ledger = Ledger()
+    works = (
+        Work("evaluation", number, TEST_VIEW, share)
+        for number, share in enumerate(_shares(corpus, blocks, batch))
+    )
+    loader = Loader(corpus, decoder, works, 2 * int(corpus.counts.max()), AHEAD)
+    try:
+        with torch.inference_mode():
+            for item in loader:
+                teacher_BN, valid_B = source.logits(item) if source else (None, item.valid_B)
+                ledger.add(item, valid_B)
+                rows = torch.from_numpy(np.flatnonzero(valid_B)).to(device)
+                labels = torch.from_numpy(item.labels_B).to(device)[rows]
+                images = item.images_BCHW.to(device)[rows]
+                answers = {name: model(images) for name, model in models.items()}
+                if teacher_BN is not None:
+                    teacher_BN = answers["teacher"] = teacher_BN[rows]
+                for name, logits_BN in answers.items():
+                    tallies[name] += tally(logits_BN, labels, base, teacher_BN).cpu()
+    finally:
+        loader.close()
+    return tallies, ledger
+
+
+def _shares(corpus: Corpus, blocks: Sequence[int], batch: int) -> Iterator[Share]:
+    for block in blocks:
+        for low in range(0, int(corpus.counts[block]), batch):
+            offsets = np.arange(low, min(low + batch, int(corpus.counts[block])))
+            yield Share(np.full_like(offsets, block), offsets, np.ones(len(offsets), bool))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Percentages; None where there was nothing to count."""
+
+    base: float | None
+    novel: float | None
+    hm: float | None
+    agreement: float | None
+
+    @classmethod
+    def of(cls, counts: Tensor) -> "Score":
+        right_base, base, right_novel, novel, agreeing, compared = counts.tolist()
+        in_base, in_novel = _percent(right_base, base), _percent(right_novel, novel)
+        return cls(in_base, in_novel, _harmonic(in_base, in_novel), _percent(agreeing, compared))
+
+
+def _percent(part: int, whole: int) -> float | None:
+    return 100 * part / whole if whole else None
+
+
+def _harmonic(a: float | None, b: float | None) -> float | None:
+    if a is None or b is None:
+        return None
+    return 2 * a * b / (a + b) if a + b else 0.0

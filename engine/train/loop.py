@@ -1,0 +1,158 @@
+"""The student worker's loop: batches and labels in; steps, records and checkpoints out.
+
+Plain torch.distributed: it runs the same under Ray Train, torchrun or a test's own processes.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.config import TrainConfig
+from engine.data.corpus import Corpus
+from engine.data.decode import Decoder
+from engine.data.loader import AHEAD, Loader, Work
+from engine.data.order import Order
+from engine.labels.targets import BlockView, TargetSource
+from engine.telemetry import GpuSampler, Recorder
+from engine.train import checkpoint
+from engine.train.ledger import Ledger
+from engine.train.schedule import effective_weight, learning_rate
+
+if TYPE_CHECKING:
+    from engine.train.student import StudentTrainer  # DeepSpeed is slow to import
+
+__all__ = ["Trained", "kept", "train", "training_works"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a worker's training came to; all but the waits are over all workers."""
+
+    steps: int
+    train_s: float
+    ledger: Ledger
+    waited_labels_s: float  # mean over workers
+    waited_data_s: float
+
+
+def training_works(
+    order: Order, passes: int, views: int, rank: int, world: int, start: int
+) -> Iterator[Work]:
+    """The batches of this rank, from step `start` of the run on."""
+    for step in range(start, passes * order.steps):
+        pass_, within = divmod(step, order.steps)
+        coming = order.coming(pass_, within, rank, world)
+        soon = tuple((p % views, block) for p, block in coming if p < passes)
+        share = order.share(pass_, within, rank, world)
+        yield Work("shards", step, pass_ % views, share, soon)
+
+
+def train(
+    trainer: "StudentTrainer",
+    source: TargetSource,
+    corpus: Corpus,
+    decoder: Decoder,
+    order: Order,
+    config: TrainConfig,
+    folder: Path,
+    start: checkpoint.Checkpoint | None,
+    device: torch.device,
+) -> Trained:
+    """Trains from `start`, or from the beginning, to the last step.
+
+    Rank 0 appends records to `folder`/metrics.jsonl and writes `folder`/checkpoints. Raises
+    RuntimeError where the loss is no longer finite.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    total_steps = config.passes * order.steps
+    first = start.step if start else 0
+    # What earlier lives of the run have done is counted once, by rank 0.
+    ledger = Ledger.total([start.ledger]) if start and rank == 0 else Ledger()
+    before_s = start.train_s if start else 0.0
+    recorder = Recorder(folder) if rank == 0 else None
+    gpu = GpuSampler(device.index or 0) if rank == 0 and device.type == "cuda" else None
+    works = training_works(order, config.passes, config.views or config.passes, rank, world, first)
+    kept_samples = kept(order, world)
+    loader = Loader(corpus, decoder, works, kept_samples, AHEAD)
+    counts = torch.zeros(3, device=device)
+    weight = effective_weight(config, trainer.classes) * config.temperature**2
+    started = logged = time.perf_counter()
+    try:
+        for batch in loader:
+            source.request([BlockView("shards", block, view) for view, block in batch.work.soon])
+            teacher_logits_BN, trained_B = source.logits(batch)
+            counts += trainer.step(
+                batch.work.step,
+                batch.images_BCHW.to(device, non_blocking=True),
+                teacher_logits_BN,
+                torch.from_numpy(trained_B).to(device, non_blocking=True),
+            )
+            ledger.add(batch, trained_B)
+            done = batch.work.step + 1
+            if done % config.log_steps == 0 or done == total_steps:
+                dist.all_reduce(counts)
+                images, kl, agreeing = counts.tolist()
+                if not math.isfinite(kl):
+                    raise RuntimeError(f"the loss is not finite at step {done}")
+                now = time.perf_counter()
+                if recorder:
+                    recorder.record(
+                        "train",
+                        step=done,
+                        steps=total_steps,
+                        pass_=batch.work.step // order.steps,
+                        loss=weight * kl / max(images, 1),
+                        agreement=agreeing / max(images, 1),
+                        lr=learning_rate(batch.work.step, total_steps, config),
+                        images_per_second=images / (now - logged),
+                        waited_labels_s=source.waited_s,
+                        waited_data_s=loader.waited_s,
+                        **(gpu.means() if gpu else {}),
+                    )
+                counts.zero_()
+                logged = now
+            if done % config.checkpoint_steps == 0 or done == total_steps:
+                _save(trainer, folder, done, before_s + time.perf_counter() - started, ledger)
+        train_s = before_s + time.perf_counter() - started
+    finally:
+        loader.close()
+        if gpu:
+            gpu.close()
+        if recorder:
+            recorder.close()
+    waits = _sum(torch.tensor([source.waited_s, loader.waited_s], device=device)) / world
+    return Trained(total_steps, train_s, _merged(ledger), *waits.tolist())
+
+
+def kept(order: Order, world: int) -> int:
+    """Samples of blocks to hold so that no block is dropped while a window still needs it."""
+    largest = int(order.counts.max())
+    return 2 * (order.lanes // world) * (order.window_samples + 2 * largest)
+
+
+def _save(
+    trainer: "StudentTrainer", folder: Path, step: int, train_s: float, ledger: Ledger
+) -> None:
+    student, optimizer = trainer.state()
+    everyone = _merged(ledger)
+    if dist.get_rank() == 0:
+        state = checkpoint.Checkpoint(step, train_s, everyone, student, optimizer)
+        checkpoint.save(folder / "checkpoints", state)
+
+
+def _merged(ledger: Ledger) -> Ledger:
+    everyone: list[Ledger] = [Ledger()] * dist.get_world_size()
+    dist.all_gather_object(everyone, ledger)
+    return Ledger.total(everyone)
+
+
+def _sum(x: Tensor) -> Tensor:
+    dist.all_reduce(x)
+    return x

@@ -1,0 +1,182 @@
+"""One worker's part of a step: pixels and teacher logits to loss, gradients and an update, by ZeRO.
+
+Letters: B images of this worker, N classes, D class vector width.
+"""
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from engine.clip.prompts import PromptedTower
+from engine.config import TrainConfig
+from engine.train.schedule import effective_weight, learning_rate
+from kernels.reference import kl_divergence, logits
+
+__all__ = ["StudentTrainer"]
+
+
+class StudentTrainer:
+    """Trains a PromptedTower under DeepSpeed, on the process group that is already there.
+
+    The loss is weight * tau^2 * KL(softmax(z_t / tau) || softmax(z_s / tau)), averaged over the
+    valid images of all workers (PromptKD, equation 4; Hinton et al. 2015 for tau^2).
+    """
+
+    def __init__(
+        self,
+        student: PromptedTower,
+        w_ND: Tensor,
+        scale: float,
+        config: TrainConfig,
+        zero_stage: int,
+        total_steps: int,
+    ) -> None:
+        assert dist.is_initialized()
+        self._w_ND, self._scale, self._config = w_ND, scale, config
+        self._total_steps = total_steps
+        self._weight = effective_weight(config, len(w_ND)) * config.temperature**2
+        _no_cpp_ops()
+        self.engine, *_ = deepspeed.initialize(
+            model=student,
+            optimizer=_optimizer(student, config),
+            config={
+                "train_micro_batch_size_per_gpu": config.batch // dist.get_world_size(),
+                "gradient_accumulation_steps": 1,
+                "zero_optimization": {"stage": zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 2**31,
+            },
+            dist_init_required=False,
+        )
+
+    @property
+    def classes(self) -> int:
+        return len(self._w_ND)
+
+    @property
+    def student(self) -> PromptedTower:
+        return self.engine.module
+
+    def step(
+        self, step: int, images_BCHW: Tensor, teacher_logits_BN: Tensor, valid_B: Tensor
+    ) -> Tensor:
+        """One update. Gives, summed over this worker's valid images: their number, their KL, and
+        how many have the teacher's top class; fp32 [3], on the device. Waits for no GPU."""
+        mask = valid_B.float()
+        count = mask.sum()
+        everyone = count.clone()
+        dist.all_reduce(everyone)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self._total_steps, self._config)
+
+        tau = self._config.temperature
+        u_BD = self.engine(images_BCHW, valid_B)
+        student_logits_BN = logits(u_BD, self._w_ND, self._scale / tau)
+        kl_B = kl_divergence(teacher_logits_BN / tau, student_logits_BN)
+        # Padding holds arbitrary logits: where(), since 0 * inf is nan.
+        kl = torch.where(valid_B, kl_B, 0).sum()
+        # DeepSpeed averages gradients over workers; the mean is to be over images.
+        self.engine.backward(self._weight * kl * dist.get_world_size() / everyone.clamp(min=1))
+        self.engine.step()
+        agree = (student_logits_BN.argmax(-1) == teacher_logits_BN.argmax(-1)) & valid_B
+        return torch.stack([count, kl.detach(), agree.sum().float()])
+
+    # ------------------------------------------------------------ state, at any world size
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights with running statistics, and optimizer state named `parameter/state`; whole
+        tensors on the CPU, whatever the ZeRO stage and world size. Every worker must call this."""
+        weights: dict[str, Tensor] = dict(self.student.named_buffers())
+        optimizer: dict[str, Tensor] = {}
+        flats = self._flats()
+        for name, param in self._params():
+            if flats is None:
+                weights[name] = param
+                entries = self.engine.optimizer.state.get(param, {})
+            else:
+                weights[name] = safe_get_full_fp32_param(param)
+                inner = self.engine.optimizer.optimizer.state.get(flats[0], {})
+                entries = {
+                    key: value if key == "step" else safe_get_full_optimizer_state(param, key)
+                    for key, value in inner.items()
+                    if torch.is_tensor(value)
+                }
+            optimizer |= {f"{name}/{key}": value for key, value in entries.items()}
+        return _on_cpu(weights), _on_cpu(optimizer)
+
+    def load_optimizer(self, state: dict[str, Tensor]) -> None:
+        """Takes up an optimizer state that state() gave, at any world size and ZeRO stage. The
+        weights are to be in the student before the trainer is made."""
+        flats = self._flats()
+        keys = sorted({name.rsplit("/", 1)[1] for name in state} - {"step"})
+        if flats is None:
+            for name, param in self._params():
+                mine = {key: state[f"{name}/{key}"].to(param.device) for key in keys}
+                if f"{name}/step" in state:
+                    mine["step"] = state[f"{name}/step"]
+                self.engine.optimizer.state[param] = mine
+            return
+        if not keys:
+            return
+        # ZeRO's inner optimizer makes its state at the first step; make it now, to be filled.
+        first, _ = self._params()[0]
+        for flat in flats:
+            inner = self.engine.optimizer.optimizer.state[flat]
+            for key in keys:
+                inner.setdefault(key, torch.zeros_like(flat))
+            if f"{first}/step" in state:
+                inner["step"] = state[f"{first}/step"].clone()
+        if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, param in self._params():
+            for key in keys:
+                self._set(param, state[f"{name}/{key}"], key)
+
+    def _params(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
+
+    def _flats(self) -> list[Tensor] | None:
+        """ZeRO's flat fp32 masters of this worker; None at stage 0, which has none."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+            if hasattr(self.engine.optimizer, name):
+                return list(getattr(self.engine.optimizer, name))
+        return None
+
+    @staticmethod
+    def _set(param: torch.nn.Parameter, value: Tensor, key: str) -> None:
+        if not hasattr(param, "ds_id"):
+            safe_set_full_optimizer_state(param, value.to(param.device), key)
+            return
+        # Stage 3 keeps an equal part, padded at the end, on every worker; its own full setter does
+        # not pad.
+        numel = safe_get_local_fp32_param(param).numel()
+        part = torch.zeros(numel, device=param.device)
+        mine = value.reshape(-1)[dist.get_rank() * numel :][:numel]
+        part[: len(mine)] = mine
+        safe_set_local_optimizer_state(param, part, key)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+
+def _optimizer(student: PromptedTower, config: TrainConfig) -> torch.optim.Optimizer:
+    params = [p for p in student.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def _no_cpp_ops() -> None:
+    """DeepSpeed would compile an operator for shared-memory all-reduce on CPUs, for minutes, at the
+    first start. torch's own collectives serve, and 0.19 has no public switch."""
+    deepspeed.ops.__compatible_ops__ = {}

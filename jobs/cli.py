@@ -1,0 +1,56 @@
+"""The `promptkd` command: `promptkd distill run.toml` is `python -m jobs.distill run.toml`."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+COMMANDS = {
+    "shards": "pack a folder of images into WebDataset shards",
+    "index": "index and check the shards of a folder",
+    "classes": "store the class vectors of a teacher",
+    "distill": "distil a teacher into a student over unlabeled images",
+    "evaluate": "base, novel and harmonic-mean accuracy of a bundle",
+    "predict": "classify images with a bundle, without teacher or text tower",
+    "submit": "run a distillation as a Ray job on a cluster",
+    "quickstart": "the whole way on a generated domain, in minutes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and gives its exit code: 0, 2 for what the user can mend, 1 otherwise."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"promptkd: no command {words[0]!r}\n\n{_help()}", file=sys.stderr)
+        return 2
+    return run(importlib.import_module(f"jobs.{words[0]}").main, words[1:], words[0])
+
+
+def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], name: str) -> int:
+    """Calls a command's main; a UserError becomes a message and exit code 2."""
+    from engine.config import UserError
+
+    try:
+        return command(args) or 0
+    except UserError as error:
+        print(f"promptkd {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    lines = [f"  {name:<12}{about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: promptkd COMMAND [FILE.toml] [--section.field VALUE ...]",
+            "",
+            *lines,
+            "",
+            "promptkd COMMAND --help lists a command's options.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Distils a teacher into a student over unlabeled images, and writes a run folder."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.config import Flat, RunConfig, Section, parse, to_dict
+from jobs.cli import run
+
+
+@dataclass(frozen=True)
+class DistillConfig(Section):
+    """Distils a teacher into a student over unlabeled images.
+
+    Options come from a TOML file, if one is named first, and then from the command line.
+    """
+
+    run: Flat[RunConfig]
+    dry_run: bool = False
+    """Print the resolved config and stop."""
+
+
+def main(args: Sequence[str]) -> None:
+    asked = parse(DistillConfig, args, prog="promptkd distill", from_toml=True)
+    config = asked.run
+    if asked.dry_run:
+        print(json.dumps(to_dict(config), indent=2))
+        return
+    from engine.run import distill
+
+    summary = distill(config)
+    print(table(summary))
+    print(f"run folder: {config.folder}")
+
+
+def table(summary: dict) -> str:
+    """The scores of a run, in percent, and its speed."""
+    columns = ("base", "novel", "hm", "agreement")
+    lines = [f"{'':<16}" + "".join(f"{column:>11}" for column in columns)]
+    for row in ("student_before", "student_after", "teacher"):
+        cells = (summary[row][column] for column in columns)
+        text = "".join(f"{'-':>11}" if cell is None else f"{cell:>11.2f}" for cell in cells)
+        lines.append(f"{row.replace('_', ' '):<16}{text}")
+    wait = summary["wait_fraction"]
+    lines.append(
+        f"{summary['samples']} images in {summary['steps']} steps, "
+        f"{summary['images_per_second']:,.1f} images/s; waited {100 * wait['labels']:.1f} % of the "
+        f"time for labels, {100 * wait['data']:.1f} % for data"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:], "distill"))
