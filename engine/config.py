@@ -282,12 +282,12 @@ T = TypeVar("T")
 Flat = Annotated[T, arg(name="")]  # a nested config whose own name does not show in its flags
 
 
-def parse(schema: type[T], args: Sequence[str], *, prog: str, from_toml: bool = False) -> T:
-    """Fills `schema` from flags and, with `from_toml`, from the TOML files among `args`. Ends the
-    process with a message if it cannot (exit code 2), or after --help (exit code 0)."""
-    files = [word for word in args if word.endswith(".toml")] if from_toml else []
+def parse(schema: type[T], args: Sequence[str], *, prog: str, from_files: bool = False) -> T:
+    """Fills `schema` from flags and, with `from_files`, from the TOML (or JSON) files among `args`.
+    Ends the process with a message if it cannot (exit code 2), or after --help (exit code 0)."""
+    files = [word for word in args if word.endswith((".toml", ".json"))] if from_files else []
     words = [word for word in args if word not in files]
-    flags = [flag for file in files for flag in _toml_flags(file)]
+    flags = [flag for file in files for flag in _file_flags(file)]
     try:
         return tyro.cli(
             schema,
@@ -301,13 +301,14 @@ def parse(schema: type[T], args: Sequence[str], *, prog: str, from_toml: bool = 
         raise
 
 
-def _toml_flags(file: str) -> list[str]:
+def _file_flags(file: str) -> list[str]:
     try:
-        tree = tomllib.loads(Path(file).read_text())
+        text = Path(file).read_text()
+        tree = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid TOML: {error}") from None
+    except ValueError as error:  # of either format, or of the encoding
+        raise UserError(f"{file}: cannot be read: {error}") from None
     return [word for name, value in _leaves(tree) for word in _words(name, value)]
 
 

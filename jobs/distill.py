@@ -22,7 +22,7 @@ class DistillConfig(Section):
 
 
 def main(args: Sequence[str]) -> None:
-    asked = parse(DistillConfig, args, prog="promptkd distill", from_toml=True)
+    asked = parse(DistillConfig, args, prog="promptkd distill", from_files=True)
     config = asked.run
     if asked.dry_run:
         print(json.dumps(to_dict(config), indent=2))

@@ -1,0 +1,118 @@
+"""The Ray cluster of a run: started or joined, and what a config comes to on it."""
+
+import dataclasses
+import math
+import os
+import time
+
+import ray
+import ray.exceptions
+import torch
+
+from engine.clip.towers import half_precision
+from engine.config import RunConfig, UserError
+from engine.progress import say
+
+__all__ = ["resolve", "start", "wait_for_room"]
+
+# Ray's usage reports and state exports serve no run, and slow its start.
+_QUIET_RAY = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+
+def start(config: RunConfig) -> bool:
+    """Joins the cluster that is named, or starts a local one. True if it is for us to shut down."""
+    for name, value in _QUIET_RAY.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return False
+    address = config.ray.address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        say("starting Ray on this machine")
+        cpus = max(os.cpu_count() or 1, math.ceil(_wanted(config)["CPU"]))
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        return True
+    say(f"joining the Ray cluster at {address}")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"ray.address: no Ray cluster answers at {address} ({error}). If it is up, its token "
+            "may be another: set RAY_AUTH_MODE and RAY_AUTH_TOKEN as on its head"
+        ) from None
+    return True
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Replaces every "auto" by what the cluster has, and says what was chosen."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
+    if device == "cuda" and not gpus:
+        raise UserError("device: cuda is asked for, but the Ray cluster has no GPU")
+    teacher, student = config.teacher, config.student
+    whole = 1.0 if device == "cuda" else 0.0
+    precision = student.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    resolved = dataclasses.replace(
+        config,
+        device=device,
+        teacher=dataclasses.replace(
+            teacher,
+            precision=half_precision(teacher.precision, torch.device(device)),
+            gpus=whole if teacher.gpus < 0 else teacher.gpus,
+        ),
+        student=dataclasses.replace(
+            student, precision=precision, gpus=whole if student.gpus < 0 else student.gpus
+        ),
+    )
+    say(f"device {device}; teacher in {resolved.teacher.precision}, student tower in {precision}")
+    return resolved
+
+
+def wait_for_room(config: RunConfig) -> None:
+    """Waits until the cluster is large enough for a resolved config, saying what it lacks.
+
+    Raises UserError after `ray.start_timeout_s`. Ray Train itself would wait without a word.
+    """
+    deadline = time.monotonic() + config.ray.start_timeout_s
+    while True:
+        have = ray.cluster_resources()
+        lacks = {kind: n for kind, n in _wanted(config).items() if n > have.get(kind, 0)}
+        if not lacks:
+            return
+        text = ", ".join(f"{n:g} {kind}, has {have.get(kind, 0):g}" for kind, n in lacks.items())
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"ray.start_timeout_s: after {config.ray.start_timeout_s:.0f} s the cluster is "
+                f"still too small: the run wants {text}"
+            )
+        say(f"waiting for the cluster to grow: the run wants {text}")
+        time.sleep(5)
+
+
+def _wanted(config: RunConfig) -> dict[str, float]:
+    """Ray resources of all actors of a run."""
+    student, teacher = config.student, config.teacher
+    actors = teacher.actors if config.targets.source == "stream" else 0
+    return {
+        "CPU": student.workers * student.cpus + actors * teacher.cpus,
+        "GPU": max(0, student.workers * student.gpus) + max(0, actors * teacher.gpus),
+    }

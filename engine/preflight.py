@@ -1,0 +1,45 @@
+"""All of a run's mistakes that can be found before a model is built."""
+
+from pathlib import Path
+
+from engine.clip.class_vectors import ClassVectors
+from engine.clip.names import read_names
+from engine.clip.towers import check_weights, input_pixels
+from engine.config import RunConfig, UserError
+from engine.labels.pool import open_corpora
+
+__all__ = ["check"]
+
+
+def check(config: RunConfig) -> tuple[str, ...]:
+    """Gives the class names, or raises UserError with the file and the field to mend."""
+    if config.folder.exists() and not config.overwrite:
+        raise UserError(
+            f"name: {config.folder} exists already; choose another name, or pass --overwrite"
+        )
+    names = read_names(config.classes.names)
+    if config.classes.vectors:
+        stored = ClassVectors.load(Path(config.classes.vectors))
+        if stored.names != names:
+            raise UserError(
+                f"classes.names: {config.classes.names} does not fit classes.vectors: "
+                + _difference(names, stored.names)
+            )
+    open_corpora(config)
+    check_weights(config.teacher.model, config.teacher.weights, "teacher")
+    check_weights(config.student.model, config.student.weights, "student")
+    if config.targets.source == "inline":
+        teacher, student = input_pixels(config.teacher.model), input_pixels(config.student.model)
+        if teacher != student:
+            raise UserError(
+                "targets.source: inline needs teacher and student to take images of one size, "
+                f"these take {teacher} and {student} pixels; use stream"
+            )
+    return names
+
+
+def _difference(names: tuple[str, ...], stored: tuple[str, ...]) -> str:
+    if len(names) != len(stored):
+        return f"{len(names)} names, {len(stored)} vectors"
+    row = next(i for i, pair in enumerate(zip(names, stored, strict=True)) if pair[0] != pair[1])
+    return f"line {row + 1} is {names[row]!r}, the vectors have {stored[row]!r}"

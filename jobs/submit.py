@@ -1,0 +1,74 @@
+"""Runs a distillation as a Ray job: ships the code, follows the log, gives the job's exit code."""
+
+import asyncio
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import Flat, RunConfig, Section, UserError, absolute, parse, to_dict
+from jobs.cli import run
+
+
+@dataclass(frozen=True)
+class SubmitConfig(Section):
+    """Runs a distillation as a Ray job. Takes what `promptkd distill` takes, and where to run it.
+
+    The code and the config travel. Data and weights do not: their paths are made absolute, and must
+    mean the same on the cluster.
+    """
+
+    run: Flat[RunConfig]
+    address: str = ""
+    """Jobs address, http://HOST:8265. Empty: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."""
+    python: str = "python"
+    """Interpreter on the cluster, in an environment that has this project's dependencies."""
+
+
+def main(args: Sequence[str]) -> int:
+    asked = parse(SubmitConfig, args, prog="promptkd submit", from_files=True)
+    address = asked.address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    from engine.preflight import check
+
+    config = absolute(asked.run)
+    check(config)
+    with tempfile.TemporaryDirectory() as upload:
+        for package in ("engine", "kernels", "jobs"):
+            source = Path(__file__).parent.parent / package
+            ignored = shutil.ignore_patterns("__pycache__", "models")
+            shutil.copytree(source, Path(upload) / package, ignore=ignored)
+        (Path(upload) / "run.json").write_text(json.dumps(to_dict(config)))
+        entrypoint = shlex.join([asked.python, "-m", "jobs.distill", "run.json"])
+        return asyncio.run(_follow(address, upload, entrypoint))
+
+
+async def _follow(address: str, upload: str, entrypoint: str) -> int:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": upload})
+    except (ConnectionError, AuthenticationError) as error:
+        raise UserError(
+            f"address: no Ray cluster takes jobs at {address}: {error} Its token is wanted in "
+            "RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token"
+        ) from None
+    print(f"job {job} on {address}", file=sys.stderr)
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+    info = client.get_job_info(job)
+    print(f"job {job}: {info.status}", file=sys.stderr)
+    if info.driver_exit_code is None:  # it never came to start
+        print(info.message, file=sys.stderr)
+        return 1
+    return info.driver_exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:], "submit"))
