@@ -4,7 +4,7 @@ from pathlib import Path
 
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.names import read_names
-from engine.clip.towers import check_weights, input_pixels
+from engine.clip.towers import check_weights, vision_shape
 from engine.config import RunConfig, UserError
 from engine.labels.pool import open_corpora
 
@@ -25,16 +25,26 @@ def check(config: RunConfig) -> tuple[str, ...]:
                 f"classes.names: {config.classes.names} does not fit classes.vectors: "
                 + _difference(names, stored.names)
             )
-    open_corpora(config)
+    corpora = open_corpora(config)
+    if "evaluation" in corpora and corpora["evaluation"].largest_label >= len(names):
+        raise UserError(
+            f"classes.names: {config.classes.names} has {len(names)} names, but "
+            f"corpus.evaluation ({config.corpus.evaluation}) has labels up to "
+            f"{corpora['evaluation'].largest_label}"
+        )
     check_weights(config.teacher.model, config.teacher.weights, "teacher")
     check_weights(config.student.model, config.student.weights, "student")
-    if config.targets.source == "inline":
-        teacher, student = input_pixels(config.teacher.model), input_pixels(config.student.model)
-        if teacher != student:
-            raise UserError(
-                "targets.source: inline needs teacher and student to take images of one size, "
-                f"these take {teacher} and {student} pixels; use stream"
-            )
+    teacher, student = vision_shape(config.teacher.model), vision_shape(config.student.model)
+    if config.student.depth > student.layers:
+        raise UserError(
+            f"student.depth: {config.student.depth} layers are to have prompts, "
+            f"{config.student.model} has {student.layers}"
+        )
+    if config.targets.source == "inline" and teacher.pixels != student.pixels:
+        raise UserError(
+            "targets.source: inline needs teacher and student to take images of one size, "
+            f"these take {teacher.pixels} and {student.pixels} pixels; use stream"
+        )
     return names
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ class GpuSampler:
         self._thread: threading.Thread | None = None
         try:
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            self._handle = _handle(index)
         except pynvml.NVMLError as error:
             log.info("no GPU metrics: %s", error)
             return
@@ -69,3 +70,12 @@ class GpuSampler:
             self._samples.append(
                 (used, memory, pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000)
             )
+
+
+def _handle(index: int):
+    """NVML's handle of a CUDA device: NVML does not heed CUDA_VISIBLE_DEVICES, which Ray sets."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    name = visible[index] if visible else str(index)
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)

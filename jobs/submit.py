@@ -19,8 +19,8 @@ from jobs.cli import run
 class SubmitConfig(Section):
     """Runs a distillation as a Ray job. Takes what `promptkd distill` takes, and where to run it.
 
-    The code and the config travel. Data and weights do not: their paths are made absolute, and must
-    mean the same on the cluster.
+    The code and the config travel. Data and weights do not: their paths are made absolute here, and
+    must mean the same on the cluster, where the run checks them before it starts.
     """
 
     run: Flat[RunConfig]
@@ -33,10 +33,7 @@ class SubmitConfig(Section):
 def main(args: Sequence[str]) -> int:
     asked = parse(SubmitConfig, args, prog="promptkd submit", from_files=True)
     address = asked.address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
-    from engine.preflight import check
-
     config = absolute(asked.run)
-    check(config)
     with tempfile.TemporaryDirectory() as upload:
         for package in ("engine", "kernels", "jobs"):
             source = Path(__file__).parent.parent / package
@@ -54,10 +51,11 @@ async def _follow(address: str, upload: str, entrypoint: str) -> int:
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": upload})
-    except (ConnectionError, AuthenticationError) as error:
+    except (ConnectionError, AuthenticationError, RuntimeError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
-            f"address: no Ray cluster takes jobs at {address}: {error} Its token is wanted in "
-            "RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token"
+            f"address: no Ray cluster takes jobs at {address}: {why}. Set RAY_AUTH_MODE=token, and "
+            "the cluster's token as RAY_AUTH_TOKEN, if it wants one"
         ) from None
     print(f"job {job} on {address}", file=sys.stderr)
     async for lines in client.tail_job_logs(job):

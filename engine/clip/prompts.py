@@ -37,14 +37,16 @@ class GlobalBatchNorm(nn.Module):
             mean, var = self.running_mean, self.running_var
         else:
             weight = torch.ones_like(x_BC[:, :1]) if valid_B is None else valid_B[:, None].float()
-            count = _summed(weight.sum()).clamp(min=1)
+            images = _summed(weight.sum())
+            count = images.clamp(min=1)
             mean = _summed((weight * x_BC).sum(0)) / count
             # Two reductions, not E[x^2] - E[x]^2, which cancels in fp32.
             var = _summed((weight * (x_BC - mean).square()).sum(0)) / count
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(unbiased, self.momentum)
+                rate = self.momentum * (images > 0)  # a step of skipped images teaches nothing
+                self.running_mean.lerp_(mean, rate)
+                self.running_var.lerp_(unbiased, rate)
         return (x_BC - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 

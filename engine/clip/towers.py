@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -24,9 +24,9 @@ __all__ = [
     "ImageTower",
     "check_weights",
     "half_precision",
-    "input_pixels",
     "load_clip",
     "new_clip",
+    "vision_shape",
 ]
 
 LOCAL = "local-dir:"
@@ -113,7 +113,7 @@ def load_clip(model: str, weights: str, field: str) -> Clip:
     feature from the class token are supported.
     """
     check_weights(model, weights, field)
-    return _clip(_built(model, weights), model, field)
+    return _clip(_built(model, weights, field), model)
 
 
 def new_clip(folder: Path, config: dict) -> nn.Module:
@@ -124,18 +124,19 @@ def new_clip(folder: Path, config: dict) -> nn.Module:
     return open_clip.create_model(f"{LOCAL}{folder}", load_weights=False)
 
 
-def _built(model: str, weights: str) -> Any:
-    if model.startswith(LOCAL):
-        return open_clip.create_model(model)
-    return open_clip.create_model(model, pretrained=weights)
+def _built(model: str, weights: str, field: str) -> Any:
+    try:
+        if model.startswith(LOCAL):
+            return open_clip.create_model(model)
+        return open_clip.create_model(model, pretrained=weights)
+    except RuntimeError as error:  # torch lists all keys that do not fit; the first lines will do
+        why = " ".join(str(error).split()[:60])
+        raise UserError(f"{field}.weights: not a checkpoint of {model}: {why}") from None
 
 
-def _clip(built: Any, name: str, field: str) -> Clip:
+def _clip(built: Any, name: str) -> Clip:
     built.requires_grad_(False).eval()
     visual = built.visual
-    plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None
-    if not plain or visual.pool_type != "tok" or visual.final_ln_after_pool:
-        raise UserError(f"{field}.model: {name} has no plain ViT tower with a class token")
     cfg = visual.preprocess_cfg
     digest = hashlib.sha256(f"{cfg['mean']} {cfg['std']} {cfg['size']}".encode())
     for key, tensor in sorted(built.state_dict().items()):
@@ -162,14 +163,22 @@ def _tokenizer(model: str) -> Tokenizer:
     return open_clip.get_tokenizer(model, **kwargs)
 
 
-def input_pixels(model: str) -> int:
-    """Side of the square images that a model takes, without building it."""
+class VisionShape(NamedTuple):
+    """What can be known of an image tower without building it."""
+
+    pixels: int  # side of the square images it takes
+    layers: int
+
+
+def vision_shape(model: str) -> VisionShape:
+    """Of an open_clip architecture or a local-dir."""
     if model.startswith(LOCAL):
         config = Path(model.removeprefix(LOCAL)) / "open_clip_config.json"
-        size = json.loads(config.read_text())["model_cfg"]["vision_cfg"]["image_size"]
+        vision = json.loads(config.read_text())["model_cfg"]["vision_cfg"]
     else:
-        size = open_clip.get_model_config(model)["vision_cfg"]["image_size"]
-    return int(size[0] if isinstance(size, list) else size)
+        vision = open_clip.get_model_config(model)["vision_cfg"]
+    size = vision["image_size"]
+    return VisionShape(int(size[0] if isinstance(size, list) else size), int(vision["layers"]))
 
 
 def half_precision(precision: Precision, device: torch.device) -> Precision:
@@ -185,7 +194,28 @@ def half_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 def check_weights(model: str, weights: str, field: str) -> None:
-    """Raises UserError, naming the field, unless the checkpoint's tensors fit the architecture."""
+    """Raises UserError, naming the field, unless the model is a plain ViT CLIP and the tensors of
+    its checkpoint fit it."""
+    path = _checkpoint(model, weights, field)
+    bare = _bare(model, field)
+    _require_plain(bare.visual, model, field)
+    if path is None:
+        return  # open_clip downloads it, and checks it then
+    found = _shapes(path, field)
+    for key, tensor in bare.state_dict().items():
+        if "positional_embedding" in key or (key not in found and not key.startswith("visual.")):
+            continue  # open_clip fits positions to the model, and names of older text towers
+        if key not in found:
+            raise UserError(f"{field}: {path} is not a checkpoint of {model}: it lacks {key}")
+        if found[key] != tuple(tensor.shape) and tensor.ndim:
+            raise UserError(
+                f"{field}: {path} is not a checkpoint of {model}: {key} is {found[key]}, "
+                f"the architecture wants {tuple(tensor.shape)}"
+            )
+
+
+def _checkpoint(model: str, weights: str, field: str) -> Path | None:
+    """The file the weights are in; None for an open_clip tag."""
     if not model:
         raise UserError(f"{field}.model is not set")
     if model.startswith(LOCAL):
@@ -195,38 +225,36 @@ def check_weights(model: str, weights: str, field: str) -> None:
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
         if not files:
             raise UserError(f"{field}.model: {folder} holds no weights")
-        path = files[0]
-    elif model not in open_clip.list_models():
+        return files[0]
+    if model not in open_clip.list_models():
         raise UserError(f"{field}.model: open_clip knows no architecture {model!r}")
-    elif not weights:
+    if not weights:
         raise UserError(f"{field}.weights is not set: name a checkpoint of {model}")
-    elif Path(weights).is_file():
-        path = Path(weights)
-    elif open_clip.get_pretrained_cfg(model, weights):
-        return  # a tag: open_clip downloads and checks it
-    else:
+    if Path(weights).is_file():
+        return Path(weights)
+    if not open_clip.get_pretrained_cfg(model, weights):
         raise UserError(f"{field}.weights: {weights} is neither a file nor an open_clip tag")
-    _check_shapes(model, path, field)
+    return None
 
 
-def _check_shapes(model: str, path: Path, field: str) -> None:
-    found = _shapes(path, field)
+def _bare(model: str, field: str) -> Any:
+    """The model without storage: shapes only."""
     logging.disable(logging.WARNING)  # that it has no weights is what we want here
-    with torch.device("meta"):
-        bare = open_clip.create_model(
-            model, device="meta", load_weights=False, pretrained_text=False
-        )
-    logging.disable(logging.NOTSET)
-    for key, tensor in bare.state_dict().items():
-        if "positional_embedding" in key or key in ("logit_scale", "logit_bias"):
-            continue  # open_clip fits these to the model
-        if key not in found:
-            raise UserError(f"{field}: {path} is not a checkpoint of {model}: it lacks {key}")
-        if found[key] != tuple(tensor.shape):
-            raise UserError(
-                f"{field}: {path} is not a checkpoint of {model}: {key} is {found[key]}, "
-                f"the architecture wants {tuple(tensor.shape)}"
+    try:
+        with torch.device("meta"):
+            return open_clip.create_model(
+                model, device="meta", load_weights=False, pretrained_text=False
             )
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{field}.model: open_clip cannot build {model} ({error})") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _require_plain(visual: Any, model: str, field: str) -> None:
+    plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None
+    if not plain or visual.pool_type != "tok" or visual.final_ln_after_pool:
+        raise UserError(f"{field}.model: {model} has no plain ViT tower with a class token")
 
 
 def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:

@@ -59,6 +59,7 @@ class Corpus:
     shards: tuple[str, ...]
     blocks: np.ndarray  # int64 [n, 3]: rows of Block
     excluded: tuple[dict[int, str], ...]  # of each shard: position -> reason
+    largest_label: int  # -1: no sample has one
     fingerprint: str
 
     @classmethod
@@ -99,6 +100,7 @@ class Corpus:
             tuple(paths),
             cut_blocks(samples, block_samples),
             excluded,
+            max(row["largest_label"] for row in rows),
             hashlib.sha256(identity.encode()).hexdigest(),
         )
 
@@ -114,7 +116,8 @@ class Corpus:
     def read(self, block: int) -> list[Sample]:
         """The samples of a block, in the order of their positions, with one ranged read."""
         shard, start, length = Block(*map(int, self.blocks[block]))
-        rows = _read_index(Path(self.shards[shard]).with_suffix(".idx"))[start : start + length]
+        index = Path(self.shards[shard]).with_suffix(".idx")
+        rows = _read_index(index, index.stat().st_mtime_ns)[start : start + length]
         low = min(offset for row in rows for _, offset, _, _ in row)
         high = max(offset + size for row in rows for _, offset, size, _ in row)
         fs, path = fsspec.core.url_to_fs(self.shards[shard])
@@ -165,7 +168,7 @@ def _read_manifest(path: Path, field: str) -> dict[str, dict]:
 
 
 @lru_cache(maxsize=64)
-def _read_index(path: Path) -> list[list[Member]]:
+def _read_index(path: Path, changed_ns: int) -> list[list[Member]]:
     return list(_parse_index(path))
 
 

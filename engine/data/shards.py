@@ -37,6 +37,7 @@ class ShardIndex(NamedTuple):
     bytes: int
     sha256: str
     excluded: dict[int, str]  # position in shard -> reason
+    largest_label: int  # -1: no sample has one
     complete: bool  # False: no end-of-archive mark, so the shard may have lost its tail
 
 
@@ -126,6 +127,7 @@ def write_manifest(folder: Path, shards: Iterable[ShardIndex]) -> None:
             "bytes": pa.array([shard.bytes for shard in found], pa.int64()),
             "sha256": [shard.sha256 for shard in found],
             "complete": [shard.complete for shard in found],
+            "largest_label": pa.array([shard.largest_label for shard in found], pa.int64()),
             "excluded_positions": pa.array(
                 [list(shard.excluded) for shard in found], pa.list_(pa.int64())
             ),
@@ -148,7 +150,7 @@ def index_shard(path: Path) -> ShardIndex:
     """One pass over a shard: where its members lie, its hash, and which samples cannot be used."""
     rows: list[list[Member]] = []
     excluded: dict[int, str] = {}
-    key = None
+    key, largest_label = None, -1
     with open(path, "rb") as raw:
         stream = _Hashing(raw)
         try:
@@ -161,11 +163,13 @@ def index_shard(path: Path) -> ShardIndex:
                         key = base
                         rows.append([])
                         excluded[len(rows) - 1] = "no_image"
+                    has_image = any(is_image(seen.suffix) for seen in rows[-1])
                     rows[-1].append(Member(suffix, member.offset_data, member.size, member.name))
-                    if is_image(suffix):
-                        body = tar.extractfile(member)
-                        assert body is not None
-                        _judge(body.read(), len(rows) - 1, excluded)
+                    if is_image(suffix) and not has_image:
+                        _judge(_body(tar, member), len(rows) - 1, excluded)
+                    elif suffix == "cls":
+                        label = _label(_body(tar, member), f"{path}, {member.name}")
+                        largest_label = max(largest_label, label)
         except tarfile.TarError as error:
             if not rows:
                 raise UserError(f"{path}: not a tar file ({error})") from None
@@ -180,8 +184,21 @@ def index_shard(path: Path) -> ShardIndex:
         stream.bytes,
         stream.sha256.hexdigest(),
         excluded,
+        largest_label,
         stream.tail == _END_OF_TAR,
     )
+
+
+def _body(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # it is a regular file
+    return file.read()
+
+
+def _label(data: bytes, where: str) -> int:
+    if not data.strip().isdigit():
+        raise UserError(f"{where}: a label is to be a whole number, this is {data[:20]!r}")
+    return int(data)
 
 
 def _judge(data: bytes, position: int, excluded: dict[int, str]) -> None:

@@ -14,7 +14,7 @@ from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.names import base_count
 from engine.clip.prompts import PromptedTower
-from engine.clip.towers import DTYPES, Clip, input_pixels, load_clip
+from engine.clip.towers import DTYPES, Clip, load_clip, vision_shape
 from engine.config import RunConfig
 from engine.data.decode import Decoder
 from engine.data.order import Order
@@ -168,7 +168,7 @@ def _source(
         clip = load_clip(config.teacher.model, config.teacher.weights, "teacher")
         precision = config.teacher.precision
         return InlineSource(Teacher(clip, classes, precision, device, config.teacher.batch))
-    pixels = input_pixels(config.teacher.model)
+    pixels = vision_shape(config.teacher.model).pixels
     policy = ViewPolicy(config.seed, pixels, config.train.crop_scale)
     return StreamSource(
         task.teachers,

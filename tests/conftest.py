@@ -1,0 +1,82 @@
+"""Images and corpora that tests share. Real data comes from the folder PROMPTKD_DATA, if set."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+settings.register_profile("house", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("house")
+CLASSES = ("daisy", "oak_tree", "tulip")
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data; skips the test where there is none."""
+    if not (folder := os.environ.get("PROMPTKD_DATA")):
+        pytest.skip("needs real data: PROMPTKD_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Callable[..., Image.Image]:
+    """photo(width, height, seed): a smooth coloured picture, its corners all different."""
+
+    def draw(width: int, height: int, seed: int = 0) -> Image.Image:
+        coarse = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def encoded(photo: Callable[..., Image.Image]) -> Callable[..., bytes]:
+    """encoded(width, height, seed, format, mode, **save): such a picture as the bytes of a file."""
+
+    def encode(
+        width: int, height: int, seed: int = 0, kind: str = "jpeg", mode: str = "RGB", **save
+    ) -> bytes:
+        buffer = io.BytesIO()
+        photo(width, height, seed).convert(mode).save(buffer, kind, **save)
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def images_folder(tmp_path_factory: pytest.TempPathFactory, encoded) -> Path:
+    """24 JPEG, PNG and WebP images of many sizes, in three class sub-folders."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(24):
+        kind = ("jpeg", "png", "webp")[number // 3 % 3]
+        file = folder / CLASSES[number % 3] / f"{number:02d}.{kind}"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(encoded(40 + 7 * number, 180 - 5 * number, number, kind, quality=95))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def index() -> Callable[[Path], Path]:
+    """index(folder): indexes the shards of a folder, as `promptkd index` does."""
+    from engine.data.shards import index_shard, write_manifest
+
+    def run(folder: Path) -> Path:
+        write_manifest(folder, [index_shard(path) for path in sorted(folder.glob("*.tar"))])
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory, images_folder: Path, index) -> Path:
+    """The images as indexed shards of 10, 10 and 4 samples. Not to be written to."""
+    from engine.data.shards import write_shards
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_shards(images_folder, folder, None, shard_samples=10, skip_invalid=False)
+    return index(folder)

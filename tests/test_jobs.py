@@ -1,0 +1,181 @@
+"""The commands, as a user types them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from jobs.quickstart import HERE, SETTINGS
+
+TEACHER, STUDENT = (f"local-dir:{HERE / 'models' / name}" for name in ("teacher", "student"))
+
+
+def promptkd(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def photos(data_folder: Path, folder: Path, per_class: int) -> Path:
+    """A folder with some of the flower photos of every class, by links."""
+    for kind in sorted(path for path in (data_folder / "flowers5").iterdir() if path.is_dir()):
+        (folder / kind.name).mkdir(parents=True)
+        for file in sorted(kind.glob("*.jpg"))[:per_class]:
+            (folder / kind.name / file.name).symlink_to(file)
+    return folder
+
+
+def test_unknown_command_and_help(capsys):
+    assert promptkd("distil") == 2
+    assert "no command 'distil'" in capsys.readouterr().err
+    assert promptkd("--help") == 0
+    told = capsys.readouterr().out
+    assert all(command in told for command in cli.COMMANDS)
+
+
+def test_a_folder_becomes_a_corpus_and_a_strange_file_is_named(images_folder, tmp_path, capsys):
+    assert promptkd("shards", images_folder, tmp_path / "shards") == 0
+    assert promptkd("index", tmp_path / "shards") == 0
+    assert "1 shards, 24 samples" in capsys.readouterr().out
+    assert promptkd("shards", images_folder, tmp_path / "shards") == 2
+    assert "already holds shards" in capsys.readouterr().err
+
+    strange = tmp_path / "mixed" / "notes.jpg"
+    strange.parent.mkdir()
+    strange.write_text("not an image")
+    assert promptkd("shards", strange.parent, tmp_path / "other") == 2
+    assert str(strange) in capsys.readouterr().err
+    assert promptkd("index", tmp_path / "mixed") == 2
+    assert "no .tar shards" in capsys.readouterr().err
+
+
+def test_class_vectors_are_stored(tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("red circle\nblue star\n")
+    assert promptkd("classes", names, tmp_path / "w.safetensors", "--model", TEACHER) == 0
+    assert "2 class vectors of width" in capsys.readouterr().out
+    names.write_text("red circle\nred circle\n")
+    assert promptkd("classes", names, tmp_path / "w.safetensors", "--model", TEACHER) == 2
+    assert "line 2 repeats 'red circle'" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_flower_photos_from_folder_to_prediction(data_folder, tmp_path, capsys):
+    images = photos(data_folder, tmp_path / "photos", 100)
+    corpus, names = tmp_path / "shards", tmp_path / "shards" / "classes.txt"
+    assert promptkd("shards", images, corpus, "--samples", 200) == 0
+    assert promptkd("index", corpus) == 0
+    words = ["--name", "flowers", "--runs_dir", tmp_path, "--corpus.shards", corpus]
+    words += ["--corpus.evaluation", corpus, "--classes.names", names, "--train.passes", 2]
+    words += ["--teacher.model", TEACHER, "--student.model", STUDENT]
+    assert promptkd("distill", SETTINGS, *words) == 0
+    ledger = json.loads((tmp_path / "flowers" / "ledger.json").read_text())
+    assert ledger == {"seen": 1000, "trained": 1000, "skipped": {}, "pending": 0}
+
+    capsys.readouterr()
+    bundle = tmp_path / "flowers" / "bundle.safetensors"
+    assert promptkd("evaluate", bundle, corpus) == 0
+    assert "novel" in capsys.readouterr().out
+    assert promptkd("predict", bundle, images / "daisy", names, "--top", 1) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 101 and lines[-1] == {"image": str(names), "error": "format"}
+    assert all(len(line["top"]) == 1 for line in lines[:-1])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_true_architectures_take_two_steps_on_photos(data_folder, tmp_path):
+    import open_clip
+    import torch
+
+    weights = {}
+    for model in ("ViT-L-14-quickgelu", "ViT-B-16-quickgelu"):
+        torch.manual_seed(0)
+        weights[model] = tmp_path / f"{model}.pt"
+        torch.save(open_clip.create_model(model).state_dict(), weights[model])
+    images = photos(data_folder, tmp_path / "photos", 3)
+    corpus = tmp_path / "shards"
+    assert promptkd("shards", images, corpus) == 0
+    assert promptkd("index", corpus) == 0
+    words = ["--name", "true", "--runs_dir", tmp_path, "--corpus.shards", corpus]
+    words += ["--classes.names", corpus / "classes.txt", "--corpus.lanes", 1]
+    words += ["--train.passes", 1, "--train.batch", 8, "--train.log_steps", 1]
+    for side, model in zip(("teacher", "student"), weights, strict=True):
+        words += [f"--{side}.model", model, f"--{side}.weights", weights[model]]
+    assert promptkd("distill", *words) == 0
+    records = (tmp_path / "true" / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(record)["loss"] for record in records)
+    assert 0 < second and 0 < first
+    # The paper's student: 9 x 4 prompts of width 768, and a projector from 512 to 768 and on.
+    from engine.clip.bundle import Bundle
+
+    bundle = Bundle.load(tmp_path / "true" / "bundle.safetensors")
+    assert bundle.learned["prompts"].numel() == 27_648
+    names = ("first.weight", "first.bias", "norm.weight", "norm.bias", "second.weight")
+    names += ("second.bias",)
+    assert sum(bundle.learned[f"projector.{name}"].numel() for name in names) == 986_112
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_same_toml_runs_as_a_job_on_a_running_cluster(corpus_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    toml = tmp_path / "run.toml"
+    toml.write_text(
+        f"""name = "job"
+        runs_dir = "{tmp_path}"
+        [corpus]
+        shards = "{corpus_folder}"
+        lanes = 1
+        [classes]
+        names = "{tmp_path}/names.txt"
+        [teacher]
+        model = "{TEACHER}"
+        [student]
+        model = "{STUDENT}"
+        depth = 2
+        [train]
+        passes = 1
+        batch = 8
+        """
+    )
+    (tmp_path / "names.txt").write_text("daisy\noak tree\ntulip\n")
+    ports = ["--port=26379", "--dashboard-port=28265", "--ray-client-server-port=29001"]
+    ports += ["--dashboard-agent-listen-port=28366", "--dashboard-host=127.0.0.1"]
+    ray = Path(sys.executable).with_name("ray")
+    words = [ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *ports]
+    with open(tmp_path / "head.log", "w") as log:
+        # Ray's sockets want a short path.
+        temporary = tempfile.mkdtemp(prefix="ray")
+        head = subprocess.Popen([*words, f"--temp-dir={temporary}"], stdout=log, stderr=log)
+    submit = ["submit", toml, "--address", "http://127.0.0.1:28265", "--python", sys.executable]
+    try:
+        deadline = time.monotonic() + 120
+        while "no Ray cluster takes jobs" in (run := submitted(submit)).stderr:
+            assert head.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(2)
+        assert run.returncode == 0, run.stderr
+        assert "24 images in 3 steps" in run.stdout
+        assert json.loads((tmp_path / "job" / "ledger.json").read_text())["trained"] == 24
+        run = submitted(submit)
+        assert run.returncode == 2 and "pass --overwrite" in run.stdout, "the job's own code"
+        run = submitted(submit, RAY_AUTH_TOKEN="b" * 64)
+        assert run.returncode == 2 and "Invalid authentication token" in run.stderr
+    finally:
+        head.terminate()
+        head.wait(60)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def submitted(words: list[object], **env: str) -> subprocess.CompletedProcess[str]:
+    """`promptkd submit` in a process of its own, since Ray reads its token once a process."""
+    command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)

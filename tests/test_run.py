@@ -1,0 +1,169 @@
+"""Whole runs, with real teachers and students on a real local Ray."""
+
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from engine.clip.bundle import Bundle
+from engine.config import RunConfig, UserError, parse
+from engine.data.shards import index_shard, write_manifest, write_shards
+from engine.run import distill
+from jobs.quickstart import HERE
+from jobs.quickstart.domain import CLASSES, write_images
+
+PASSES = 2
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory) -> Path:
+    """A small quickstart domain, sharded and indexed, with one image cut short."""
+    folder = tmp_path_factory.mktemp("domain")
+    write_images(folder / "train_images", "domain", 4, seed=1, labelled=False)
+    write_images(folder / "test_images", "domain", 2, seed=2, labelled=True)
+    broken = folder / "train_images" / "00007.jpg"
+    broken.write_bytes(broken.read_bytes()[:-1500])
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    for images, shards, names in (("train", "shards", None), ("test", "evaluation", CLASSES)):
+        write_shards(folder / f"{images}_images", folder / shards, names, 100, False)
+        paths = sorted((folder / shards).glob("*.tar"))
+        write_manifest(folder / shards, [index_shard(path) for path in paths])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def config_of(domain: Path, runs: Path, name: str, *flags: str) -> RunConfig:
+    words = {
+        "name": name,
+        "runs_dir": runs,
+        "corpus.shards": domain / "shards",
+        "corpus.evaluation": domain / "evaluation",
+        "corpus.block_samples": 32,
+        "corpus.window_blocks": 2,
+        "classes.names": domain / "classes.txt",
+        "teacher.model": f"local-dir:{HERE / 'models' / 'teacher'}",
+        "teacher.precision": "fp32",
+        "student.model": f"local-dir:{HERE / 'models' / 'student'}",
+        "student.depth": 4,
+        "train.passes": PASSES,
+        "train.batch": 32,
+        "train.optimizer": "adamw",
+        "train.lr": 2e-3,
+        "train.log_steps": 1,
+        "train.checkpoint_steps": 5,
+    }
+    args = [str(word) for field, value in words.items() for word in (f"--{field}", value)]
+    return parse(RunConfig, [*args, *flags], prog="test")
+
+
+def losses(folder: Path) -> list[float]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records]
+
+
+@pytest.mark.ray
+def test_two_teachers_and_two_students_learn_what_one_with_an_inline_teacher_does(
+    domain, local_ray, tmp_path
+):
+    two = ["--student.workers", "2", "--teacher.actors", "2", "--student.zero_stage", "2"]
+    streamed = distill(config_of(domain, tmp_path, "two", *two))
+    inline = distill(config_of(domain, tmp_path, "one", "--targets.source", "inline"))
+
+    samples = 4 * len(CLASSES)
+    for name, summary in (("two", streamed), ("one", inline)):
+        folder = tmp_path / name
+        ledger = json.loads((folder / "ledger.json").read_text())
+        assert ledger == {
+            "seen": PASSES * samples,
+            "trained": PASSES * (samples - 1),
+            "skipped": {"undecodable": PASSES},
+            "pending": 0,
+        }
+        assert summary == json.loads((folder / "summary.json").read_text())
+        assert summary["samples"] == ledger["trained"]
+        assert summary["steps"] == PASSES * samples // 32
+        assert summary["teacher"]["agreement"] == 100
+        assert json.loads((folder / "config.json").read_text())["versions"]["ray"]
+        assert [p.name for p in (folder / "checkpoints").iterdir()]
+        assert Bundle.load(folder / "bundle.safetensors").class_names == CLASSES
+    # The stream rounds its labels to fp16; the rest is the same mathematics on the same samples.
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    assert losses(tmp_path / "one")[-1] < 0.8 * losses(tmp_path / "one")[0]
+    assert streamed["student_before"] == inline["student_before"]
+    assert streamed["teacher"]["hm"] == pytest.approx(inline["teacher"]["hm"], abs=3)
+
+
+def test_mistakes_are_found_before_a_model_is_built(domain, tmp_path):
+    def complaint(*flags: str) -> str:
+        with pytest.raises(UserError) as error:
+            distill(config_of(domain, tmp_path, "bad", *flags))
+        assert not (tmp_path / "bad").exists()
+        return str(error.value)
+
+    few = tmp_path / "few.txt"
+    few.write_text("red circle\nblue star\n")
+    vectors = tmp_path / "vectors.safetensors"
+    vectors.write_bytes(b"not safetensors")
+    assert "corpus.shards" in complaint("--corpus.shards", str(tmp_path / "nowhere"))
+    assert "corpus.evaluation" in complaint("--corpus.evaluation", str(tmp_path / "nowhere"))
+    short = complaint("--classes.names", str(few))
+    assert "classes.names" in short and str(few) in short and "labels up to 47" in short
+    assert "classes.vectors" in complaint("--classes.vectors", str(vectors))
+    assert "student.depth" in complaint("--student.depth", "5")
+    assert "student.weights" in complaint("--student.model", "ViT-B-16")
+    weights = str(HERE / "models" / "teacher" / "open_clip_model.safetensors")
+    mixed = complaint("--student.model", "ViT-B-16", "--student.weights", weights)
+    assert "student" in mixed and "not a checkpoint of ViT-B-16" in mixed
+    assert "teacher.model" in complaint("--teacher.model", f"local-dir:{tmp_path}")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_student_resumes_exactly_where_its_checkpoint_left_it(domain, local_ray, tmp_path):
+    passes = ("--train.passes", "6")
+    undisturbed = config_of(domain, tmp_path, "undisturbed", *passes)
+    killed = config_of(domain, tmp_path, "killed", *passes)
+    distill(undisturbed)
+    with ThreadPoolExecutor(1) as threads:
+        kill = threads.submit(kill_after_checkpoint, killed.folder)
+        summary = distill(killed)
+        kill.result()
+
+    steps = [json.loads(line)["step"] for line in open(killed.folder / "metrics.jsonl")]
+    assert sorted(set(steps)) == list(range(1, summary["steps"] + 1))
+    assert all(b == a + 1 or (b > 1 and b % 5 == 1) for a, b in pairwise(steps)), steps
+    ledgers = [(config.folder / "ledger.json").read_text() for config in (undisturbed, killed)]
+    assert ledgers[0] == ledgers[1]
+    one, other = (Bundle.load(c.folder / "bundle.safetensors") for c in (undisturbed, killed))
+    for name, tensor in one.learned.items():
+        torch.testing.assert_close(other.learned[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def kill_after_checkpoint(folder: Path) -> None:
+    """Kills a student worker, as an operator or the kernel would, once it has a checkpoint."""
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("step-*[0-9]")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text()
+        except OSError:
+            continue
+        if "RayTrainWorker" in command:
+            os.kill(int(process.name), signal.SIGKILL)
+            return
+    raise AssertionError("no student worker found")
