@@ -77,10 +77,10 @@ def resolve(config: RunConfig) -> RunConfig:
         teacher=dataclasses.replace(
             teacher,
             precision=half_precision(teacher.precision, torch.device(device)),
-            gpus=whole if teacher.gpus < 0 else teacher.gpus,
+            gpus=whole if teacher.gpus is None else teacher.gpus,
         ),
         student=dataclasses.replace(
-            student, precision=precision, gpus=whole if student.gpus < 0 else student.gpus
+            student, precision=precision, gpus=whole if student.gpus is None else student.gpus
         ),
     )
     say(f"device {device}; teacher in {resolved.teacher.precision}, student tower in {precision}")
@@ -114,5 +114,5 @@ def _wanted(config: RunConfig) -> dict[str, float]:
     actors = teacher.actors if config.targets.source == "stream" else 0
     return {
         "CPU": student.workers * student.cpus + actors * teacher.cpus,
-        "GPU": max(0, student.workers * student.gpus) + max(0, actors * teacher.gpus),
+        "GPU": student.workers * (student.gpus or 0) + actors * (teacher.gpus or 0),
     }

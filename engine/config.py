@@ -1,28 +1,15 @@
-"""What a run can be told: frozen dataclasses, and the one parser that fills them.
-
-A TOML file is spelled out as flags in front of the command line, so that one parser (tyro) checks
-both: `promptkd distill run.toml --train.lr 1e-3`. Later words win over earlier ones. Unknown keys,
-wrong types and values out of range each end in a one-screen error that names the dotted field.
-"""
+"""What a run can be told: frozen dataclasses that check their own ranges."""
 
 import dataclasses
 import json
 import math
-import sys
-import tomllib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import tyro
-from tyro.conf import Positional, arg
-
 __all__ = [
     "ClassesConfig",
     "CorpusConfig",
-    "Flat",
-    "Positional",
     "Precision",
     "Range",
     "RayConfig",
@@ -34,7 +21,6 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "absolute",
-    "parse",
     "to_dict",
 ]
 
@@ -56,7 +42,7 @@ class Range:
 
     def complaint(self, value: float) -> str | None:
         below = value <= self.low if self.above else value < self.low
-        if not (below or value > self.high or math.isnan(value)):
+        if not (below or value > self.high or not math.isfinite(value)):
             return None
         floor = f"{'greater than' if self.above else 'at least'} {self.low:g}"
         ceiling = "" if self.high == math.inf else f" and at most {self.high:g}"
@@ -73,8 +59,10 @@ class Section:
             if get_origin(hint) is not Annotated:
                 continue
             for bound in get_args(hint)[1:]:
-                if isinstance(bound, Range) and (why := bound.complaint(getattr(self, name))):
-                    raise UserError(f"{self.prefix}{name} {why}")
+                value = getattr(self, name)
+                if isinstance(bound, Range) and value is not None:
+                    if why := bound.complaint(value):
+                        raise UserError(f"{self.prefix}{name} {why}")
 
 
 def path_field(default: str = "") -> Any:
@@ -128,8 +116,8 @@ class TeacherConfig(Section):
     """auto: fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32."""
     actors: Annotated[int, Range(1, 100_000)] = 1
     """Teacher actors in the pool (targets.source = stream)."""
-    gpus: Annotated[float, Range(-1, 1)] = -1
-    """GPUs of one actor; -1: one where the cluster has GPUs, else none."""
+    gpus: Annotated[float | None, Range(0, 1)] = None
+    """GPUs of one actor. None: one where the cluster has GPUs, else none."""
     cpus: Annotated[float, Range(0, 1024)] = 0
     """Ray CPUs reserved for one actor; 0 lets it share."""
     threads: Annotated[int, Range(1, 1024)] = 1
@@ -158,8 +146,8 @@ class StudentConfig(Section):
     """Hidden width of the projector; 0: the teacher's embedding width."""
     workers: Annotated[int, Range(1, 65536)] = 1
     """Student workers (DeepSpeed ranks)."""
-    gpus: Annotated[float, Range(-1, 1)] = -1
-    """GPUs of one worker; -1: one where the cluster has GPUs, else none."""
+    gpus: Annotated[float | None, Range(0, 1)] = None
+    """GPUs of one worker. None: one where the cluster has GPUs, else none."""
     cpus: Annotated[float, Range(0, 1024, above=True)] = 1
     """Ray CPUs reserved for one worker."""
     threads: Annotated[int, Range(1, 1024)] = 1
@@ -279,53 +267,6 @@ class RunConfig(Section):
 
 
 T = TypeVar("T")
-Flat = Annotated[T, arg(name="")]  # a nested config whose own name does not show in its flags
-
-
-def parse(schema: type[T], args: Sequence[str], *, prog: str, from_files: bool = False) -> T:
-    """Fills `schema` from flags and, with `from_files`, from the TOML (or JSON) files among `args`.
-    Ends the process with a message if it cannot (exit code 2), or after --help (exit code 0)."""
-    files = [word for word in args if word.endswith((".toml", ".json"))] if from_files else []
-    words = [word for word in args if word not in files]
-    flags = [flag for file in files for flag in _file_flags(file)]
-    try:
-        return tyro.cli(
-            schema,
-            args=flags + words,
-            prog=prog,
-            use_underscores=True,
-        )
-    except SystemExit as end:
-        if end.code and files:
-            print(f"Read from {', '.join(files)}, then the command line.", file=sys.stderr)
-        raise
-
-
-def _file_flags(file: str) -> list[str]:
-    try:
-        text = Path(file).read_text()
-        tree = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except ValueError as error:  # of either format, or of the encoding
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    return [word for name, value in _leaves(tree) for word in _words(name, value)]
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _words(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        section, _, last = name.rpartition(".")
-        flag = last if value else f"no_{last}"
-        return [f"--{section}.{flag}" if section else f"--{flag}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

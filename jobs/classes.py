@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import Positional, Section, parse
+from engine.config import Section
+from engine.parse import Positional, parse
 from jobs.cli import run
 
 

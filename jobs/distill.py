@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.config import Flat, RunConfig, Section, parse, to_dict
+from engine.config import RunConfig, Section, to_dict
+from engine.parse import Flat, parse
 from jobs.cli import run
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from engine.config import Positional, Range, Section, parse
+from engine.config import Range, Section
+from engine.parse import Positional, parse
 from jobs.cli import run
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import Positional, Section, UserError, parse
+from engine.config import Section, UserError
+from engine.parse import Positional, parse
 from jobs.cli import run
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from engine.config import Positional, Range, Section, UserError, parse
+from engine.config import Range, Section, UserError
+from engine.parse import Positional, parse
 from jobs.cli import run
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import Flat, RunConfig, Section, UserError, absolute, parse, to_dict
+from engine.config import RunConfig, Section, UserError, absolute, to_dict
+from engine.parse import Flat, parse
 from jobs.cli import run
 
 

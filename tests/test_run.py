@@ -13,8 +13,9 @@ import ray
 import torch
 
 from engine.clip.bundle import Bundle
-from engine.config import RunConfig, UserError, parse
+from engine.config import RunConfig, UserError
 from engine.data.shards import index_shard, write_manifest, write_shards
+from engine.parse import parse
 from engine.run import distill
 from jobs.quickstart import HERE
 from jobs.quickstart.domain import CLASSES, write_images

@@ -26,6 +26,16 @@ __all__ = ["INDEX_VERSION", "MANIFEST", "Corpus", "Member", "Sample", "is_image"
 
 MANIFEST = "corpus.parquet"
 INDEX_VERSION = "v1.2"
+MANIFEST_COLUMNS = (
+    "shard",
+    "samples",
+    "bytes",
+    "sha256",
+    "complete",
+    "largest_label",
+    "excluded_positions",
+    "excluded_reasons",
+)
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -84,7 +94,8 @@ class Corpus:
             if not Path(path).with_suffix(".idx").exists():
                 raise UserError(f"{field}: {path} has no .idx beside it; run `promptkd index`")
             rows.append(row)
-        if "*" not in where and (lost := set(manifest) - {Path(p).name for p in paths}):
+        lost = set(manifest) - {Path(p).name for p in paths}
+        if lost and Path(where).is_dir():
             raise UserError(
                 f"{field}: shard {Path(where) / min(lost)} is in {MANIFEST} but missing"
             )
@@ -118,6 +129,8 @@ class Corpus:
         shard, start, length = Block(*map(int, self.blocks[block]))
         index = Path(self.shards[shard]).with_suffix(".idx")
         rows = _read_index(index, index.stat().st_mtime_ns)[start : start + length]
+        if len(rows) != length:
+            raise UserError(f"{index}: does not fit its shard; run `promptkd index` again")
         low = min(offset for row in rows for _, offset, _, _ in row)
         high = max(offset + size for row in rows for _, offset, size, _ in row)
         fs, path = fsspec.core.url_to_fs(self.shards[shard])
@@ -133,13 +146,13 @@ class Corpus:
         low: int,
     ) -> Sample:
         image, label = None, None
+        reason = self.excluded[shard].get(position)
         for suffix, offset, size, _ in row:
             member = data[offset - low : offset - low + size]
-            if suffix == "cls":
+            if suffix == "cls" and reason != "truncated":
                 label = int(bytes(member))
             elif image is None and is_image(suffix):
                 image = member
-        reason = self.excluded[shard].get(position)
         return Sample(shard, position, image if reason is None else None, reason, label)
 
 
@@ -148,7 +161,7 @@ def _expand(where: str, field: str) -> list[str]:
         raise UserError(f"{field} is not set: give a folder or glob of .tar shards")
     if ":" in where.split("/", 1)[0]:
         raise UserError(f"{field}: {where}: only local folders and globs of shards are read")
-    paths = sorted(glob.glob(str(Path(where) / "*.tar") if Path(where).is_dir() else where))
+    paths = sorted(glob.glob(f"{glob.escape(where)}/*.tar" if Path(where).is_dir() else where))
     if not paths:
         raise UserError(f"{field}: no .tar shards at {where}")
     if strange := [p for p in paths if not p.endswith(".tar")]:
@@ -162,9 +175,12 @@ def _read_manifest(path: Path, field: str) -> dict[str, dict]:
     if not path.exists():
         raise UserError(f"{field}: {path} is missing; run `promptkd index {path.parent}`")
     try:
-        return {row["shard"]: row for row in pq.read_table(path).to_pylist()}
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise UserError(f"{field}: {path} is not a corpus manifest ({error})") from None
+        table = pq.read_table(path, columns=list(MANIFEST_COLUMNS))
+    except (pa.ArrowInvalid, ValueError) as error:  # another file, or of an older version
+        raise UserError(
+            f"{field}: {path} is not a corpus manifest ({error}); run `promptkd index` again"
+        ) from None
+    return {row["shard"]: row for row in table.to_pylist()}
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ __all__ = ["MAX_PIXELS", "BadImage", "Header", "check_format", "read_header"]
 
 MAX_PIXELS = 100_000_000
 _FORMATS = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
+_PNG_HEAD = 65536  # bytes in which the chunks before the pixels are looked for
 _ORIENTATION = 0x0112  # EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)
 
@@ -27,21 +28,30 @@ class Header(NamedTuple):
 
 
 def check_format(data: bytes | memoryview) -> str:
-    """jpg, png or webp, by magic bytes; raises BadImage `empty` or `format`."""
+    """jpg, png or webp, by magic bytes; raises BadImage `empty`, `format` or `animated`."""
     start = bytes(data[:12])
     if not start:
         raise BadImage("empty")
     kind = next((kind for kind, magic in _FORMATS.items() if start.startswith(magic)), None)
     if kind is None or (kind == "webp" and start[8:] != b"WEBP"):
         raise BadImage("format")
+    if kind == "png" and _hidden_still(bytes(data[:_PNG_HEAD])):
+        raise BadImage("animated")
     return kind
+
+
+def _hidden_still(head: bytes) -> bool:
+    """Whether an animated PNG's still image is not its first frame: DALI would decode it black."""
+    before_pixels = head.partition(b"IDAT")[0]
+    return b"acTL" in before_pixels and b"fcTL" not in before_pixels
 
 
 def read_header(data: bytes | memoryview) -> Header:
     """Checks magic bytes and header of an image, without decoding it.
 
-    Raises BadImage: `empty`, `format` (not JPEG, PNG or WebP by content), `header` (unreadable),
-    `too_large` (more than MAX_PIXELS), `no_pixels`.
+    Raises BadImage: `empty`, `format` (not JPEG, PNG or WebP by content), `animated` (a PNG whose
+    still image is not a frame), `header` (unreadable), `too_large` (more than MAX_PIXELS),
+    `no_pixels`.
     """
     kind = check_format(data)
     try:

@@ -73,11 +73,13 @@ class Loader:
             started = time.perf_counter()
             item = self._ready.get()
             self.waited_s += time.perf_counter() - started
+            if isinstance(item, Batch):
+                yield item
+                continue
+            self._ready.put(item)  # for whoever asks again
             if item is None:
                 return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            raise item
 
     def close(self) -> None:
         """Ends the thread; batches not yet taken are dropped."""

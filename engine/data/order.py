@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Block", "Order", "Share", "cut_blocks", "permute"]
+_64_BITS = 0xFFFFFFFFFFFFFFFF
 
-_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
+__all__ = ["Block", "Order", "Share", "cut_blocks", "permute"]
 
 
 class Block(NamedTuple):
@@ -51,12 +51,18 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(*words: int) -> np.uint64:
-    state = np.zeros(1, np.uint64)
+def _mix_int(x: int) -> int:
+    """_mix() of one word, without numpy's cost of a call."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64_BITS
+    return x ^ (x >> 31)
+
+
+def _key(words: tuple[int, ...]) -> int:
+    state = 0
     for word in words:
-        step = np.array([(word * 0x9E3779B97F4A7C15 + 1) & int(_MASK)], np.uint64)
-        state = _mix(state ^ _mix(step))
-    return state[0]
+        state = _mix_int(state ^ _mix_int((word * 0x9E3779B97F4A7C15 + 1) & _64_BITS))
+    return state
 
 
 def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
@@ -65,10 +71,11 @@ def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     A six-round Feistel network over the next even number of bits, walked until it lands inside the
     range (Black and Rogaway 2002): constant memory at any size, and the same on every machine.
     """
+    assert len(index) == 0 or (index.min() >= 0 and index.max() < size)
     bits = max(2, int(size - 1).bit_length())
     half = np.uint64((bits + 1) // 2)
     low = np.uint64((1 << int(half)) - 1)
-    keys = [_key(*key, round_) for round_ in range(6)]
+    keys = [np.uint64(_key((*key, round_))) for round_ in range(6)]
 
     def rounds(x: np.ndarray) -> np.ndarray:
         left, right = x >> half, x & low

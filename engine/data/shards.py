@@ -64,17 +64,37 @@ def write_shards(
     if out.exists() and any(out.glob("*.tar")):
         raise UserError(f"out: {out} already holds shards; remove them or name another folder")
     folders = sorted({f.relative_to(images).parts[0] for f in files if f.parent != images})
-    names = list(class_names) if class_names is not None else [_spaced(name) for name in folders]
-    labels = {name: label for label, name in enumerate(names)}
-    if class_names is not None and (strange := [f for f in folders if _spaced(f) not in labels]):
+    found = [_spaced(folder) for folder in folders]
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise UserError(f"images: two folders of {images} are one class, {twice!r}")
+    names = sorted(found) if class_names is None else [_spaced(name) for name in class_names]
+    if strange := [folder for folder in folders if _spaced(folder) not in names]:
         raise UserError(f"classes: {images / strange[0]} is not among the {len(names)} class names")
 
     random.Random(seed).shuffle(files)
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        left_out = _pack(images, files, names, out, shard_samples, skip_invalid)
+    except BaseException:
+        for shard in out.glob("*.tar"):  # so that a second try may have the folder
+            shard.unlink()
+        raise
+    return sorted(out.glob("*.tar")), names, left_out
+
+
+def _pack(
+    images: Path,
+    files: Sequence[Path],
+    names: Sequence[str],
+    out: Path,
+    shard_samples: int,
+    skip_invalid: bool,
+) -> Counter[str]:
+    """Writes the shards; gives how many files were left out, by reason."""
     left_out: Counter[str] = Counter()
-    pattern = str(out / "%06d.tar").replace("%06d", "\0").replace("%", "%%").replace("\0", "%06d")
     writer = wds.ShardWriter(
-        pattern,
+        f"{out}/%06d.tar".replace("%", "%%").replace("%%06d", "%06d"),
         maxcount=shard_samples,
         verbose=0,
         opener=lambda path: open(path, "wb"),
@@ -82,7 +102,7 @@ def write_shards(
     )
     with writer:
         for number, file in enumerate(files):
-            data = file.read_bytes()
+            data, place = file.read_bytes(), file.relative_to(images)
             try:
                 kind = read_header(data).format
             except BadImage as bad:
@@ -93,11 +113,13 @@ def write_shards(
                     ) from None
                 left_out[str(bad)] += 1
                 continue
-            sample = {"__key__": _key(number, file.relative_to(images)), kind: data}
-            if file.parent != images:
-                sample["cls"] = str(labels[_spaced(file.relative_to(images).parts[0])]).encode()
+            sample = {"__key__": _key(number, place), kind: data}
+            if len(place.parts) > 1:
+                sample["cls"] = str(names.index(_spaced(place.parts[0]))).encode()
             writer.write(sample)
-    return sorted(out.glob("*.tar")), names, left_out
+    if left_out.total() == len(files):
+        raise UserError(f"images: {images} holds no usable image: {dict(left_out)}")
+    return left_out
 
 
 def _hidden(file: Path, root: Path) -> bool:
@@ -118,7 +140,7 @@ def write_manifest(folder: Path, shards: Iterable[ShardIndex]) -> None:
     for shard in found:
         lines = [f"{INDEX_VERSION} {len(shard.rows)}"]
         for row in shard.rows:
-            lines.append(" ".join(f"{s} {o} {n} {_solid(name)}" for s, o, n, name in row))
+            lines.append(" ".join(f"{_solid(s)} {o} {n} {_solid(name)}" for s, o, n, name in row))
         _replace((folder / shard.name).with_suffix(".idx"), ("\n".join(lines) + "\n").encode())
     table = pa.table(
         {
@@ -150,12 +172,13 @@ def index_shard(path: Path) -> ShardIndex:
     """One pass over a shard: where its members lie, its hash, and which samples cannot be used."""
     rows: list[list[Member]] = []
     excluded: dict[int, str] = {}
-    key, largest_label = None, -1
+    key, largest_label, end = None, -1, 0
     with open(path, "rb") as raw:
         stream = _Hashing(raw)
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 for member in tar:
+                    end = member.offset_data + -(-member.size // 512) * 512
                     base, suffix = base_plus_ext(member.name)
                     if not member.isreg() or base is None or base.rsplit("/", 1)[-1] == "":
                         continue
@@ -185,8 +208,15 @@ def index_shard(path: Path) -> ShardIndex:
         stream.sha256.hexdigest(),
         excluded,
         largest_label,
-        stream.tail == _END_OF_TAR,
+        # tarfile takes a broken header for the end, in silence: the mark is to follow at once.
+        _read_at(path, end) == _END_OF_TAR,
     )
+
+
+def _read_at(path: Path, offset: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(len(_END_OF_TAR))
 
 
 def _body(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -213,13 +243,12 @@ class _Hashing(io.RawIOBase):
     """A readable stream that hashes and counts what passes through it."""
 
     def __init__(self, raw: io.BufferedIOBase) -> None:
-        self.raw, self.sha256, self.bytes, self.tail = raw, hashlib.sha256(), 0, b""
+        self.raw, self.sha256, self.bytes = raw, hashlib.sha256(), 0
 
     def read(self, size: int = -1) -> bytes:
         data = self.raw.read(size)
         self.sha256.update(data)
         self.bytes += len(data)
-        self.tail = (self.tail + data)[-len(_END_OF_TAR) :]
         return data
 
     def drain(self) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engine.config import Section, parse
+from engine.config import Section
+from engine.parse import parse
 from jobs import classes, distill, evaluate, index, predict, shards
 
 HERE = Path(__file__).parent

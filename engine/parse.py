@@ -1,0 +1,101 @@
+"""The one parser: TOML files are spelled out as flags in front of the command line, for tyro.
+
+`promptkd distill run.toml --train.lr 1e-3`. Later words win over earlier ones. Unknown keys, wrong
+types and values out of range each end in a one-screen error that names the dotted field.
+"""
+
+import dataclasses
+import json
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.conf import Positional, arg
+
+from engine.config import UserError
+
+__all__ = ["Flat", "Positional", "parse"]
+
+T = TypeVar("T")
+Flat = Annotated[T, arg(name="")]  # a nested config whose own name does not show in its flags
+
+
+def parse(schema: type[T], args: Sequence[str], *, prog: str, from_files: bool = False) -> T:
+    """Fills `schema` from flags and, with `from_files`, from the TOML or JSON files among `args`.
+
+    Ends the process with a message if it cannot (exit code 2), or after --help (exit code 0).
+    Raises UserError for a file that cannot be read, and for values that do not fit together.
+    """
+    files = [word for word in args if word.endswith((".toml", ".json"))] if from_files else []
+    words = [word for word in args if word not in files]
+    flags = [flag for file in files for flag in _file_flags(file, schema)]
+    source = f"read from {', '.join(files)}, then the command line"
+    try:
+        return tyro.cli(schema, args=flags + words, prog=prog, use_underscores=True)
+    except SystemExit as end:
+        if end.code and files:
+            print(source.capitalize(), file=sys.stderr)
+        raise
+    except UserError as error:
+        raise UserError(f"{error} ({source})" if files else str(error)) from None
+
+
+def _file_flags(file: str, schema: type) -> Iterator[str]:
+    try:
+        text = Path(file).read_text()
+        tree = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (ValueError, OSError) as error:  # of either format, or of the file
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    types = dict(_types(schema))
+    for name, value in _leaves(tree):
+        section, _, last = name.rpartition(".")
+        known = types.get(name)
+        if known and not _fits(value, known):
+            raise UserError(f"{file}: --{name} cannot be {value!r}")
+        if value is None:
+            continue  # as it is by default
+        if known is bool:
+            flag = last if value else f"no_{last}"
+            yield f"--{section}.{flag}" if section else f"--{flag}"
+        elif not known and (last == "help" or last.startswith("no_")):
+            raise UserError(f"{file}: there is no --{name} in a file")
+        else:
+            yield from (f"--{name}", str(value))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _types(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of every field, without annotations."""
+    for name, hint in get_type_hints(schema, include_extras=True).items():
+        flat = get_origin(hint) is Annotated and get_args(hint)[1:] == get_args(Flat)[1:]
+        kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from _types(kind, prefix if flat else f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a file has the type of a field; an int will do for a float."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, tuple(type(choice) for choice in get_args(kind)))
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, part) for part in get_args(kind))
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is float:
+        return isinstance(value, int | float)
+    return isinstance(value, kind if kind in (int, str, NoneType) else ())

@@ -1,0 +1,96 @@
+"""The floors of the house, read off the imports: never back up, and a library in its own place."""
+
+import ast
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (
+    ("engine.config", "engine.telemetry", "engine.progress", "kernels"),
+    ("engine.clip", "engine.data", "engine.parse"),
+    ("engine.labels",),
+    ("engine.train",),
+    ("engine.",),  # the driver: whatever else lies in engine/ itself
+    ("jobs",),
+)
+PLACES = {
+    "open_clip": ("engine/clip/towers.py", "jobs/quickstart/pretrain.py"),
+    "deepspeed": ("engine/train/student.py",),
+    "nvidia": ("engine/data/decode.py",),
+    "webdataset": ("engine/data/shards.py",),
+    "fsspec": ("engine/data/corpus.py",),
+    "tyro": ("engine/parse.py",),
+    "rich": ("engine/progress.py",),
+    "pynvml": ("engine/telemetry.py",),
+    "ray": (
+        "engine/labels/pool.py",
+        "engine/train/gang.py",
+        "engine/run.py",
+        "engine/cluster.py",
+        "jobs/submit.py",
+    ),
+}
+OURS = ("engine", "kernels", "jobs")
+SOURCES = {
+    path.relative_to(ROOT): ast.parse(path.read_text())
+    for folder in OURS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imports(source: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(SOURCES[source]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = source.parts[: -node.level] if node.level else ()
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            # `from engine.train import checkpoint` imports a module of a package.
+            found |= {f"{base}.{a.name}" if base in OURS_PACKAGES else base for a in node.names}
+    return found
+
+
+OURS_PACKAGES = {".".join(path.parent.parts) for path in SOURCES}
+
+
+def room(module: str) -> tuple[int, str]:
+    """Floor of one of our modules, and the package or module there that it belongs to."""
+    return next(
+        (number, name)
+        for number, floor in enumerate(FLOORS)
+        for name in floor
+        if f"{module}.".startswith(name)
+    )
+
+
+def test_nothing_is_imported_from_above_or_next_door():
+    assert len(SOURCES) > 30
+    wrong = []
+    for source in SOURCES:
+        here = room(".".join(source.with_suffix("").parts))
+        for module in imports(source):
+            if module.split(".")[0] in OURS:
+                there = room(module)
+                if there[0] > here[0] or (there[0] == here[0] and there[1] != here[1]):
+                    wrong.append(f"{source} imports {module}")
+    assert wrong == []
+
+
+def test_a_library_is_imported_in_its_own_place_alone():
+    used, wrong = set(), []
+    for source in SOURCES:
+        for library in {module.split(".")[0] for module in imports(source)} & PLACES.keys():
+            used.add(library)
+            if not any(fnmatchcase(str(source), place) for place in PLACES[library]):
+                wrong.append(f"{source} imports {library}")
+    assert wrong == [] and used == PLACES.keys()
+
+
+def test_kernels_know_torch_and_triton_alone():
+    known = {"torch", "triton", "kernels", *sys.stdlib_module_names}
+    for source in SOURCES:
+        if source.parts[0] == "kernels":
+            assert {module.split(".")[0] for module in imports(source)} <= known
