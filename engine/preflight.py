@@ -32,8 +32,8 @@ def check(config: RunConfig) -> tuple[str, ...]:
             f"corpus.evaluation ({config.corpus.evaluation}) has labels up to "
             f"{corpora['evaluation'].largest_label}"
         )
-    check_weights(config.teacher.model, config.teacher.weights, "teacher")
-    check_weights(config.student.model, config.student.weights, "student")
+    check_weights(config.teacher.model, config.teacher.weights, "teacher.")
+    check_weights(config.student.model, config.student.weights, "student.")
     teacher, student = vision_shape(config.teacher.model), vision_shape(config.student.model)
     if config.student.depth > student.layers:
         raise UserError(

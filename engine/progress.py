@@ -79,12 +79,12 @@ class Watch:
                     )
 
     def _print_lines(self) -> None:
-        offset, last = 0, None
-        while not self._done.wait(self._quiet_s):
+        offset, done = 0, False
+        while not done:
+            done = self._done.wait(self._quiet_s)
             record, offset = self._newest(offset)
-            if record and record != last:
+            if record:
                 say(f"step {record['step']}/{record['steps']} · {_told(record)}")
-                last = record
 
     def _newest(self, offset: int) -> tuple[dict[str, Any] | None, int]:
         """The last whole training record written after `offset`, and where to read on."""

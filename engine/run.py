@@ -78,12 +78,12 @@ def _class_vectors(
         classes = ClassVectors.load(Path(config.classes.vectors))
     else:
         say(f"encoding {len(names)} class names with the teacher's text tower")
-        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher")
+        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher.")
         classes = encode_classes(clip, names, config.classes.template)
     classes.save(config.folder / "class_vectors.safetensors")
     if not config.corpus.evaluation:
         return classes, None
-    clip = load_clip(config.student.model, config.student.weights, "student")
+    clip = load_clip(config.student.model, config.student.weights, "student.")
     return classes, encode_classes(clip, names, classes.template)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from engine.config import Range, Section
+from engine.config import Range, Section, UserError
 from engine.parse import Positional, parse
 from jobs.cli import run
 
@@ -42,6 +42,11 @@ def main(args: Sequence[str]) -> None:
 
     corpus = Corpus.open(config.shards, config.batch, "shards")
     bundle = Bundle.load(Path(config.bundle))
+    if corpus.largest_label >= len(bundle.class_names):
+        raise UserError(
+            f"shards: {config.shards} has labels up to {corpus.largest_label}, the bundle has "
+            f"{len(bundle.class_names)} classes"
+        )
     device = torch.device(config.device)
     predictor = bundle.predictor(device, "fp32", config.model, config.weights)
     decoder = Decoder(ViewPolicy(0, predictor.pixels), config.device, threads=2)

@@ -57,22 +57,22 @@ class Bundle:
                 about = json.loads((file.metadata() or {})["bundle"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             class_vectors = tensors.pop("class_vectors")
+            if about["format"] != _FORMAT:
+                raise UserError(f"{field}: {path} has format {about['format']}, not {_FORMAT}")
+            learned = {key.removeprefix("learned."): tensor for key, tensor in tensors.items()}
+            about["class_names"] = tuple(about["class_names"])
+            return cls(learned=learned, class_vectors=class_vectors, **about)
         except FileNotFoundError:
             raise UserError(f"{field}: {path}: no such file") from None
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"{field}: {path} is not a bundle ({error})") from None
-        if about["format"] != _FORMAT:
-            raise UserError(f"{field}: {path} has format {about['format']}, this reads {_FORMAT}")
-        learned = {key.removeprefix("learned."): tensor for key, tensor in tensors.items()}
-        about["class_names"] = tuple(about["class_names"])
-        return cls(learned=learned, class_vectors=class_vectors, **about)
 
     def predictor(
         self, device: torch.device, precision: str, model: str = "", weights: str = ""
     ) -> "Predictor":
         """Puts the student together. `model` and `weights` say where the backbone now lies, if not
         where the run had it. Raises UserError for a backbone that is not the one trained on."""
-        clip = load_clip(model or self.model, weights or self.weights, "student")
+        clip = load_clip(model or self.model, weights or self.weights, "student.")
         if clip.fingerprint != self.backbone:
             raise UserError(
                 f"student.weights: the bundle was trained on backbone {self.backbone[:16]}, "

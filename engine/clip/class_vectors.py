@@ -31,6 +31,7 @@ class ClassVectors:
         return hashlib.sha256(self.vectors.tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
+        """Writes atomically."""
         about = {
             "names": list(self.names),
             "template": self.template,
@@ -38,7 +39,9 @@ class ClassVectors:
             "logit_scale": self.logit_scale,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"vectors": self.vectors}, path, {"class_vectors": json.dumps(about)})
+        partial = path.with_name(path.name + ".tmp")
+        save_file({"vectors": self.vectors}, partial, {"class_vectors": json.dumps(about)})
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path, field: str = "classes.vectors") -> "ClassVectors":
@@ -47,21 +50,16 @@ class ClassVectors:
             with safe_open(path, "np") as file:
                 about = json.loads((file.metadata() or {})["class_vectors"])
                 vectors = file.get_tensor("vectors")
+            stored = cls(vectors=vectors, **(about | {"names": tuple(about["names"])}))
         except FileNotFoundError:
             raise UserError(f"{field}: {path}: no such file") from None
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"{field}: {path} holds no class vectors ({error})") from None
-        if len(vectors) != len(about["names"]):
+        if len(vectors) != len(stored.names):
             raise UserError(
-                f"{field}: {path} has {len(vectors)} vectors for {len(about['names'])} names"
+                f"{field}: {path} has {len(vectors)} vectors for {len(stored.names)} names"
             )
-        return cls(
-            tuple(about["names"]),
-            vectors,
-            about["template"],
-            about["teacher"],
-            about["logit_scale"],
-        )
+        return stored
 
 
 @torch.inference_mode()

@@ -12,17 +12,19 @@ def read_names(path: str, field: str = "classes.names") -> tuple[str, ...]:
     if not path:
         raise UserError(f"{field} is not set: a text file with one class name a line")
     try:
-        names = Path(path).read_text().splitlines()
+        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{field}: {path} cannot be read ({error})") from None
+    seen: set[str] = set()
     for number, name in enumerate(names, 1):
-        if not name.strip():
+        if not name:
             raise UserError(f"{field}: {path}, line {number} is empty")
-        if names.index(name) < number - 1:
+        if name in seen:
             raise UserError(f"{field}: {path}, line {number} repeats {name!r}")
+        seen.add(name)
     if not names:
         raise UserError(f"{field}: {path} is empty")
-    return tuple(name.strip() for name in names)
+    return tuple(names)
 
 
 def base_count(classes: int) -> int:

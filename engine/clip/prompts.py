@@ -3,9 +3,10 @@
 Letters: B images, K prompted layers, P prompts, C tower width, D class vector width.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,10 +51,23 @@ class GlobalBatchNorm(nn.Module):
         return (x_BC - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 
+class _Sum(torch.autograd.Function):
+    """Sum over ranks; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradients[0])
+
+
 def _summed(x: Tensor) -> Tensor:
-    """Sum over ranks, differentiable."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist_nn.all_reduce(x.clone())
+        return _Sum.apply(x)
     return x
 
 

@@ -25,7 +25,6 @@ __all__ = [
     "check_weights",
     "half_precision",
     "load_clip",
-    "new_clip",
     "vision_shape",
 ]
 
@@ -105,40 +104,34 @@ class Clip:
     fingerprint: str  # sha256 over the weights of both towers and the preprocessing
 
 
-def load_clip(model: str, weights: str, field: str) -> Clip:
-    """Loads a CLIP onto the CPU in fp32, frozen, in eval mode. `field` names it in errors.
+def load_clip(model: str, weights: str, prefix: str) -> Clip:
+    """Loads a CLIP onto the CPU in fp32, frozen, in eval mode.
 
     `model` is an open_clip architecture, with `weights` a checkpoint file or an open_clip tag, or
     `local-dir:FOLDER` (open_clip_config.json and weights). Only plain ViT towers that read their
-    feature from the class token are supported.
+    feature from the class token are supported. Errors are UserErrors, and name the fields that
+    follow `prefix` (`teacher.`).
     """
-    check_weights(model, weights, field)
-    return _clip(_built(model, weights, field), model)
+    check_weights(model, weights, prefix)
+    return _clip(_built(model, weights, prefix), model)
 
 
-def new_clip(folder: Path, config: dict) -> nn.Module:
-    """A trainable open_clip model with random weights, by the `open_clip_config.json` written to
-    `folder`; its forward(images, tokens) gives both towers' features and the logit scale."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return open_clip.create_model(f"{LOCAL}{folder}", load_weights=False)
-
-
-def _built(model: str, weights: str, field: str) -> Any:
+def _built(model: str, weights: str, prefix: str) -> Any:
     try:
         if model.startswith(LOCAL):
             return open_clip.create_model(model)
         return open_clip.create_model(model, pretrained=weights)
     except RuntimeError as error:  # torch lists all keys that do not fit; the first lines will do
         why = " ".join(str(error).split()[:60])
-        raise UserError(f"{field}.weights: not a checkpoint of {model}: {why}") from None
+        raise UserError(f"{prefix}weights: not a checkpoint of {model}: {why}") from None
 
 
 def _clip(built: Any, name: str) -> Clip:
     built.requires_grad_(False).eval()
     visual = built.visual
     cfg = visual.preprocess_cfg
-    digest = hashlib.sha256(f"{cfg['mean']} {cfg['std']} {cfg['size']}".encode())
+    preprocessing = (*cfg["mean"], *cfg["std"], *cfg["size"])  # tuples or, from a file, lists
+    digest = hashlib.sha256(str(preprocessing).encode())
     for key, tensor in sorted(built.state_dict().items()):
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
         digest.update(tensor.float().contiguous().numpy())
@@ -193,14 +186,14 @@ def half_precision(precision: Precision, device: torch.device) -> Precision:
 # ---------------------------------------------------------------- checks before a model is built
 
 
-def check_weights(model: str, weights: str, field: str) -> None:
-    """Raises UserError, naming the field, unless the model is a plain ViT CLIP and the tensors of
-    its checkpoint fit it."""
-    path = _checkpoint(model, weights, field)
-    bare = _bare(model, field)
-    _require_plain(bare.visual, model, field)
+def check_weights(model: str, weights: str, prefix: str) -> None:
+    """Raises UserError unless the model is a plain ViT CLIP that its checkpoint's tensors fit."""
+    path = _checkpoint(model, weights, prefix)
+    bare = _bare(model, prefix)
+    _require_plain(bare.visual, model, prefix)
     if path is None:
         return  # open_clip downloads it, and checks it then
+    field = f"{prefix}model" if model.startswith(LOCAL) else f"{prefix}weights"
     found = _shapes(path, field)
     for key, tensor in bare.state_dict().items():
         if "positional_embedding" in key or (key not in found and not key.startswith("visual.")):
@@ -214,30 +207,30 @@ def check_weights(model: str, weights: str, field: str) -> None:
             )
 
 
-def _checkpoint(model: str, weights: str, field: str) -> Path | None:
+def _checkpoint(model: str, weights: str, prefix: str) -> Path | None:
     """The file the weights are in; None for an open_clip tag."""
     if not model:
-        raise UserError(f"{field}.model is not set")
+        raise UserError(f"{prefix}model is not set")
     if model.startswith(LOCAL):
         folder = Path(model.removeprefix(LOCAL))
         if not (folder / "open_clip_config.json").is_file():
-            raise UserError(f"{field}.model: {folder} holds no open_clip_config.json")
+            raise UserError(f"{prefix}model: {folder} holds no open_clip_config.json")
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
         if not files:
-            raise UserError(f"{field}.model: {folder} holds no weights")
+            raise UserError(f"{prefix}model: {folder} holds no weights")
         return files[0]
     if model not in open_clip.list_models():
-        raise UserError(f"{field}.model: open_clip knows no architecture {model!r}")
+        raise UserError(f"{prefix}model: open_clip knows no architecture {model!r}")
     if not weights:
-        raise UserError(f"{field}.weights is not set: name a checkpoint of {model}")
+        raise UserError(f"{prefix}weights is not set: name a checkpoint of {model}")
     if Path(weights).is_file():
         return Path(weights)
     if not open_clip.get_pretrained_cfg(model, weights):
-        raise UserError(f"{field}.weights: {weights} is neither a file nor an open_clip tag")
+        raise UserError(f"{prefix}weights: {weights} is neither a file nor an open_clip tag")
     return None
 
 
-def _bare(model: str, field: str) -> Any:
+def _bare(model: str, prefix: str) -> Any:
     """The model without storage: shapes only."""
     logging.disable(logging.WARNING)  # that it has no weights is what we want here
     try:
@@ -246,15 +239,15 @@ def _bare(model: str, field: str) -> Any:
                 model, device="meta", load_weights=False, pretrained_text=False
             )
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{field}.model: open_clip cannot build {model} ({error})") from None
+        raise UserError(f"{prefix}model: open_clip cannot build {model} ({error})") from None
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _require_plain(visual: Any, model: str, field: str) -> None:
+def _require_plain(visual: Any, model: str, prefix: str) -> None:
     plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None
     if not plain or visual.pool_type != "tok" or visual.final_ln_after_pool:
-        raise UserError(f"{field}.model: {model} has no plain ViT tower with a class token")
+        raise UserError(f"{prefix}model: {model} has no plain ViT tower with a class token")
 
 
 def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
@@ -268,5 +261,6 @@ def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise UserError(f"{field}: {path} cannot be read as weights ({error})") from None
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     return {k.removeprefix("module."): tuple(v.shape) for k, v in state.items()}

@@ -46,7 +46,7 @@ class TeacherActor:
     def __init__(self, config: RunConfig, classes: ClassVectors) -> None:
         torch.set_num_threads(config.teacher.threads)
         device = torch.device(config.device)
-        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher")
+        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher.")
         policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
         precision = config.teacher.precision
         self._labeller = Labeller(
@@ -150,8 +150,9 @@ class StreamSource:
         while not all(wanted in self._kept for wanted in needed):
             left_s = self._timeout_s - (time.perf_counter() - started)
             if left_s <= 0 or not self._collect(left_s):
+                late = next(wanted for wanted in needed if wanted not in self._kept)
                 raise RuntimeError(
-                    f"targets.timeout_s: no label of {missing[0]} after {self._timeout_s:.0f} s; "
+                    f"targets.timeout_s: no label of {late} after {self._timeout_s:.0f} s; "
                     f"{len(self._asked)} requests are with {len(self._teachers)} teachers"
                 )
         for wanted in needed:

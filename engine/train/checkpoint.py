@@ -47,6 +47,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "ledger": asdict(checkpoint.ledger),
         "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())},
     }
+    state["self"] = _digest(state)
     (partial / "state.json").write_text(json.dumps(state, indent=2))
     for path in (*partial.iterdir(), partial):
         _flush(path)
@@ -67,7 +68,13 @@ def load_latest(folder: Path) -> Checkpoint | None:
     steps = _steps(folder)
     if not steps:
         return None
-    state = json.loads((steps[-1] / "state.json").read_text())
+    path = steps[-1] / "state.json"
+    try:
+        state = json.loads(path.read_text())
+        if state.pop("self") != _digest(state):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ValueError(f"{path} is damaged") from None
     for name, sha256 in state["sha256"].items():
         if _sha256(steps[-1] / name) != sha256:
             raise ValueError(f"{steps[-1] / name} is damaged: its sha256 is not that of state.json")
@@ -82,6 +89,10 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+
+
+def _digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

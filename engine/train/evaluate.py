@@ -57,19 +57,19 @@ def evaluate(
 ) -> tuple[dict[str, Tensor], Ledger]:
     """tally() of every model, and of the teacher behind `source` if there is one (`teacher`), over
     the test view of some blocks of a corpus; and what became of the samples."""
-    if source:
-        source.request([BlockView("evaluation", block, TEST_VIEW) for block in blocks])
     names = [*models, "teacher"] if source else [*models]
     tallies = {name: torch.zeros(6, dtype=torch.int64) for name in names}
     ledger = Ledger()
     works = (
-        Work("evaluation", number, TEST_VIEW, share)
-        for number, share in enumerate(_shares(corpus, blocks, batch))
+        Work("evaluation", number, TEST_VIEW, share, soon)
+        for number, (share, soon) in enumerate(_shares(corpus, blocks, batch))
     )
     loader = Loader(corpus, decoder, works, 2 * int(corpus.counts.max()), AHEAD)
     try:
         with torch.inference_mode():
             for item in loader:
+                if source:
+                    source.request([BlockView("evaluation", b, v) for v, b in item.work.soon])
                 teacher_BN, valid_B = source.logits(item) if source else (None, item.valid_B)
                 ledger.add(item, valid_B)
                 rows = torch.from_numpy(np.flatnonzero(valid_B)).to(device)
@@ -85,11 +85,15 @@ def evaluate(
     return tallies, ledger
 
 
-def _shares(corpus: Corpus, blocks: Sequence[int], batch: int) -> Iterator[Share]:
-    for block in blocks:
+def _shares(
+    corpus: Corpus, blocks: Sequence[int], batch: int
+) -> Iterator[tuple[Share, tuple[tuple[int, int], ...]]]:
+    """Batches of each block in turn, with the (view, block) that come next."""
+    for place, block in enumerate(blocks):
+        soon = tuple((TEST_VIEW, other) for other in blocks[place : place + AHEAD])
         for low in range(0, int(corpus.counts[block]), batch):
             offsets = np.arange(low, min(low + batch, int(corpus.counts[block])))
-            yield Share(np.full_like(offsets, block), offsets, np.ones(len(offsets), bool))
+            yield Share(np.full_like(offsets, block), offsets, np.ones(len(offsets), bool)), soon
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _worker(told: dict[str, Task]) -> dict[str, Any] | None:
     device = get_device()
     torch.set_num_threads(config.student.threads)
 
-    clip = load_clip(config.student.model, config.student.weights, "student")
+    clip = load_clip(config.student.model, config.student.weights, "student.")
     student = PromptedTower(
         clip.image,
         config.student.prompts,
@@ -165,7 +165,7 @@ def _source(
 ) -> TargetSource:
     config, classes = task.config, task.classes
     if config.targets.source == "inline":
-        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher")
+        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher.")
         precision = config.teacher.precision
         return InlineSource(Teacher(clip, classes, precision, device, config.teacher.batch))
     pixels = vision_shape(config.teacher.model).pixels

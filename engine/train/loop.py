@@ -96,7 +96,8 @@ def train(
             )
             ledger.add(batch, trained_B)
             done = batch.work.step + 1
-            if done % config.log_steps == 0 or done == total_steps:
+            saves = done % config.checkpoint_steps == 0 or done == total_steps
+            if done % config.log_steps == 0 or saves:  # what is saved has been found finite
                 dist.all_reduce(counts)
                 images, kl, agreeing = counts.tolist()
                 if not math.isfinite(kl):
@@ -118,7 +119,7 @@ def train(
                     )
                 counts.zero_()
                 logged = now
-            if done % config.checkpoint_steps == 0 or done == total_steps:
+            if saves:
                 _save(trainer, folder, done, before_s + time.perf_counter() - started, ledger)
         train_s = before_s + time.perf_counter() - started
     finally:

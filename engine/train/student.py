@@ -53,6 +53,7 @@ class StudentTrainer:
                 "gradient_accumulation_steps": 1,
                 "zero_optimization": {"stage": zero_stage},
                 "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 0.0,  # the paper has none; DeepSpeed would clip at 1
                 "steps_per_print": 2**31,
             },
             dist_init_required=False,
@@ -81,9 +82,9 @@ class StudentTrainer:
         tau = self._config.temperature
         u_BD = self.engine(images_BCHW, valid_B)
         student_logits_BN = logits(u_BD, self._w_ND, self._scale / tau)
-        kl_B = kl_divergence(teacher_logits_BN / tau, student_logits_BN)
-        # Padding holds arbitrary logits: where(), since 0 * inf is nan.
-        kl = torch.where(valid_B, kl_B, 0).sum()
+        # Rows that are not valid may hold anything, and 0 * nan is nan, in gradients too.
+        teacher_logits_BN = torch.where(valid_B[:, None], teacher_logits_BN, 0)
+        kl = (mask * kl_divergence(teacher_logits_BN / tau, student_logits_BN)).sum()
         # DeepSpeed averages gradients over workers; the mean is to be over images.
         self.engine.backward(self._weight * kl * dist.get_world_size() / everyone.clamp(min=1))
         self.engine.step()
@@ -120,9 +121,9 @@ class StudentTrainer:
         keys = sorted({name.rsplit("/", 1)[1] for name in state} - {"step"})
         if flats is None:
             for name, param in self._params():
-                mine = {key: state[f"{name}/{key}"].to(param.device) for key in keys}
+                mine = {key: state[f"{name}/{key}"].to(param.device, copy=True) for key in keys}
                 if f"{name}/step" in state:
-                    mine["step"] = state[f"{name}/step"]
+                    mine["step"] = state[f"{name}/step"].clone()
                 self.engine.optimizer.state[param] = mine
             return
         if not keys:

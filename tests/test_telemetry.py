@@ -1,0 +1,54 @@
+import json
+import time
+
+import pynvml
+import pytest
+import torch
+
+from engine.telemetry import GpuSampler, Recorder
+
+
+def test_records_are_lines_and_on_disk_at_once(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.record("train", step=1, loss=0.5)
+    before = time.time()
+    recorder.record("note", text="two\nlines")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines)
+    assert first["time"] <= before <= second["time"] <= time.time()
+    assert first.items() >= {"kind": "train", "step": 1, "loss": 0.5}.items()
+    assert second.items() >= {"kind": "note", "text": "two\nlines"}.items()
+    recorder.close()
+
+
+def test_a_later_life_of_a_run_appends(tmp_path):
+    for step in (1, 2):
+        recorder = Recorder(tmp_path)
+        recorder.record("train", step=step)
+        recorder.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_sampler_says_so_where_there_is_no_gpu(caplog):
+    try:
+        pynvml.nvmlInit()
+        pytest.skip("this machine has NVML")
+    except pynvml.NVMLError:
+        pass
+    with caplog.at_level("INFO"):
+        sampler = GpuSampler(0)
+    assert [record.message[:14] for record in caplog.records] == ["no GPU metrics"]
+    assert sampler.means() == {}
+    sampler.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sampler_gives_means_of_a_gpu():
+    sampler = GpuSampler(0, period_s=0.05)
+    time.sleep(0.5)
+    means = sampler.means()
+    sampler.close()
+    assert 0 <= means["gpu_utilisation"] <= 1
+    assert means["gpu_memory_bytes"] > 0 and means["gpu_power_w"] > 0

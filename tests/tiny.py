@@ -1,0 +1,58 @@
+"""CLIPs small enough to make anew in every test, and damage to shards."""
+
+import copy
+import gzip
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from engine.clip.towers import new_clip
+from engine.data.corpus import is_image
+from engine.data.shards import index_shard
+
+MODEL = {
+    "embed_dim": 8,
+    "vision_cfg": {
+        "image_size": 16,
+        "layers": 3,
+        "width": 16,
+        "head_width": 8,
+        "patch_size": 8,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 514,
+        "width": 8,
+        "heads": 2,
+        "layers": 1,
+        "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
+    },
+}
+
+
+def clip_folder(folder: Path, seed: int = 0, embed_dim: int = 8, **vision: Any) -> str:
+    """Writes a CLIP with random weights and a vocabulary of bytes; gives its local-dir: name."""
+    model = copy.deepcopy(MODEL)
+    model["embed_dim"] = embed_dim
+    model["vision_cfg"].update(vision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = new_clip(folder, {"model_cfg": model, "preprocess_cfg": {}})
+        for parameter in built.parameters():
+            if parameter.ndim:  # open_clip starts biases at 0 and norms at 1, which hide mistakes
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    save_file(built.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "bpe.txt.gz").write_bytes(gzip.compress(b"#version: 0.2", mtime=0))
+    return f"local-dir:{folder}"
+
+
+def spoil(shard: Path, samples: int) -> None:
+    """Overwrites the magic bytes of the first images in a shard, which is then to be indexed."""
+    rows = index_shard(shard).rows[:samples]
+    images = [member for row in rows for member in row if is_image(member.suffix)]
+    with open(shard, "r+b") as file:
+        for image in images:
+            file.seek(image.offset)
+            file.write(bytes(16))
