@@ -2,13 +2,14 @@
 
 import copy
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from safetensors.torch import save_file
 
-from engine.clip.towers import new_clip
 from engine.data.corpus import is_image
 from engine.data.shards import index_shard
 
@@ -34,12 +35,15 @@ MODEL = {
 
 def clip_folder(folder: Path, seed: int = 0, embed_dim: int = 8, **vision: Any) -> str:
     """Writes a CLIP with random weights and a vocabulary of bytes; gives its local-dir: name."""
+    folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(MODEL)
     model["embed_dim"] = embed_dim
     model["vision_cfg"].update(vision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = new_clip(folder, {"model_cfg": model, "preprocess_cfg": {}})
+        settings = {"model_cfg": model, "preprocess_cfg": {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(settings))
+        built = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
         for parameter in built.parameters():
             if parameter.ndim:  # open_clip starts biases at 0 and norms at 1, which hide mistakes
                 parameter.data += 0.1 * torch.randn_like(parameter)
