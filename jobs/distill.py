@@ -45,7 +45,7 @@ def table(summary: dict) -> str:
         lines.append(f"{row.replace('_', ' '):<16}{text}")
     wait = summary["wait_fraction"]
     lines.append(
-        f"{summary['samples']} images in {summary['steps']} steps, "
+        f"{summary['samples']:,.0f} images in {summary['steps']:,.0f} steps, "
         f"{summary['images_per_second']:,.1f} images/s; waited {100 * wait['labels']:.1f} % of the "
         f"time for labels, {100 * wait['data']:.1f} % for data"
     )
