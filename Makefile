@@ -1,6 +1,7 @@
 # Every target bootstraps what it needs: a virtual environment made by uv from pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: quickstart test test-all lint types constraints clean
 

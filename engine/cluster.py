@@ -67,6 +67,10 @@ def resolve(config: RunConfig) -> RunConfig:
     if device == "cuda" and not gpus:
         raise UserError("device: cuda is asked for, but the Ray cluster has no GPU")
     teacher, student = config.teacher, config.student
+    if device == "cpu" and (teacher.gpus or student.gpus):
+        raise UserError("device: cpu, but teacher.gpus or student.gpus asks for GPUs")
+    if student.gpus is not None and 0 < student.gpus < 1 < student.workers:
+        raise UserError("student.gpus: several workers cannot share one GPU, since NCCL refuses it")
     whole = 1.0 if device == "cuda" else 0.0
     precision = student.precision
     if precision == "auto":
@@ -87,10 +91,11 @@ def resolve(config: RunConfig) -> RunConfig:
     return resolved
 
 
-def wait_for_room(config: RunConfig) -> None:
+def wait_for_room(config: RunConfig, grows: bool) -> None:
     """Waits until the cluster is large enough for a resolved config, saying what it lacks.
 
-    Raises UserError after `ray.start_timeout_s`. Ray Train itself would wait without a word.
+    Raises UserError after `ray.start_timeout_s`, or at once where the cluster never `grows`. Ray
+    Train itself would wait without a word.
     """
     deadline = time.monotonic() + config.ray.start_timeout_s
     while True:
@@ -99,10 +104,10 @@ def wait_for_room(config: RunConfig) -> None:
         if not lacks:
             return
         text = ", ".join(f"{n:g} {kind}, has {have.get(kind, 0):g}" for kind, n in lacks.items())
-        if time.monotonic() > deadline:
+        if not grows or time.monotonic() > deadline:
             raise UserError(
-                f"ray.start_timeout_s: after {config.ray.start_timeout_s:.0f} s the cluster is "
-                f"still too small: the run wants {text}"
+                f"student.workers, teacher.actors: the cluster is too small: the run wants {text}. "
+                "Ask for less: one GPU does with targets.source=inline, or with half a GPU each"
             )
         say(f"waiting for the cluster to grow: the run wants {text}")
         time.sleep(5)

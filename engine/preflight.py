@@ -13,10 +13,11 @@ __all__ = ["check"]
 
 def check(config: RunConfig) -> tuple[str, ...]:
     """Gives the class names, or raises UserError with the file and the field to mend."""
-    if config.folder.exists() and not config.overwrite:
-        raise UserError(
-            f"name: {config.folder} exists already; choose another name, or pass --overwrite"
-        )
+    folder = config.folder
+    if folder.exists() and not config.overwrite:
+        raise UserError(f"name: {folder} exists already; choose another name, or pass --overwrite")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise UserError(f"name: {folder} is no run folder: --overwrite will not remove it")
     names = read_names(config.classes.names)
     if config.classes.vectors:
         stored = ClassVectors.load(Path(config.classes.vectors))

@@ -16,10 +16,12 @@ from engine import cluster
 from engine.clip.class_vectors import ClassVectors, encode_classes
 from engine.clip.towers import load_clip
 from engine.config import RunConfig, UserError, absolute, to_dict
-from engine.labels.pool import start_pool
+from engine.labels.pool import open_corpora, start_pool
 from engine.preflight import check
 from engine.progress import Watch, say
+from engine.train import checkpoint
 from engine.train.gang import Task, run_gang
+from engine.train.ledger import Ledger
 from engine.train.schedule import effective_weight
 
 __all__ = ["distill"]
@@ -39,9 +41,10 @@ def distill(config: RunConfig) -> dict[str, Any]:
     ours = cluster.start(config)
     try:
         config = cluster.resolve(config)
-        cluster.wait_for_room(config)
-        folder = _new_folder(config)
+        cluster.wait_for_room(config, grows=not ours)
         classes, zero_shot = _class_vectors(config, names)
+        folder = _new_folder(config)
+        classes.save(folder / "class_vectors.safetensors")
         streams = config.targets.source == "stream"
         teachers = start_pool(config, classes) if streams else []
         say(f"effective weight of the KL: {effective_weight(config.train, len(names)):g}")
@@ -49,6 +52,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
         with Watch(folder / "metrics.jsonl"):
             told = run_gang(Task(config, classes, zero_shot, teachers))
     except TrainingFailedError as failure:
+        _write(config.folder / "ledger.json", _ledger_so_far(config))
         raise _plain(failure) from failure
     finally:
         if ours:
@@ -74,13 +78,17 @@ def _class_vectors(
 ) -> tuple[ClassVectors, ClassVectors | None]:
     """The teacher's class vectors, stored or made now; and the student's own, for the zero-shot
     accuracy it starts from, where there is an evaluation."""
+    clip = load_clip(config.teacher.model, config.teacher.weights, "teacher.")
     if config.classes.vectors:
         classes = ClassVectors.load(Path(config.classes.vectors))
+        if classes.teacher != clip.fingerprint:
+            raise UserError(
+                f"classes.vectors: {config.classes.vectors} was made by another teacher than "
+                f"teacher.model ({config.teacher.model} {config.teacher.weights})"
+            )
     else:
         say(f"encoding {len(names)} class names with the teacher's text tower")
-        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher.")
         classes = encode_classes(clip, names, config.classes.template)
-    classes.save(config.folder / "class_vectors.safetensors")
     if not config.corpus.evaluation:
         return classes, None
     clip = load_clip(config.student.model, config.student.weights, "student.")
@@ -98,10 +106,22 @@ def _plain(failure: TrainingFailedError) -> Exception:
     """The worker's own error, without Ray Train's wrapping."""
     if not isinstance(failure, WorkerGroupError):
         return RuntimeError(f"Ray Train failed: {failure}")
-    rank, error = min(failure.worker_failures.items())
+    rank, error = min(failure.worker_failures.items(), key=lambda item: _blame(*item))
     if isinstance(error, UserError):
         return error
     return RuntimeError(f"student worker {rank} failed: {type(error).__name__}: {error}")
+
+
+def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:
+    """Sorts the cause first: when a worker fails, the others' collectives fail with it."""
+    follows = "Connection closed" in str(error) or "NCCL" in str(error)
+    return not isinstance(error, UserError), follows, rank
+
+
+def _ledger_so_far(config: RunConfig) -> dict[str, Any]:
+    saved = checkpoint.load_latest(config.folder / "checkpoints")
+    planned = config.train.passes * open_corpora(config)["shards"].samples
+    return (saved.ledger if saved else Ledger()).statement(planned)
 
 
 def _summary(name: str, told: dict[str, Any], wall_s: float) -> dict[str, Any]:
@@ -118,6 +138,7 @@ def _summary(name: str, told: dict[str, Any], wall_s: float) -> dict[str, Any]:
             "data": told["waited_data_s"] / train_s,
         },
         **{model: told["scores"].get(model, unknown) for model in models},
+        "evaluation": told["evaluation"],
         "train_s": train_s,
         "wall_s": wall_s,
     }

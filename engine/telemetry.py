@@ -42,7 +42,7 @@ class GpuSampler:
             pynvml.nvmlInit()
             self._handle = _handle(index)
         except pynvml.NVMLError as error:
-            log.info("no GPU metrics: %s", error)
+            log.warning("no GPU metrics: %s", error)
             return
         self._thread = threading.Thread(target=self._run, args=(period_s,), daemon=True)
         self._thread.start()
@@ -65,11 +65,14 @@ class GpuSampler:
 
     def _run(self, period_s: float) -> None:
         while not self._stop.wait(period_s):
-            used = pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
-            memory = float(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-            self._samples.append(
-                (used, memory, pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000)
-            )
+            try:
+                used = pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
+                memory = float(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+                power_w = pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
+            except pynvml.NVMLError as error:  # some GPUs, and parts of GPUs, tell less
+                log.warning("no more GPU metrics: %s", error)
+                return
+            self._samples.append((used, memory, power_w))
 
 
 def _handle(index: int):

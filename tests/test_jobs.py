@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -147,15 +148,18 @@ def test_the_same_toml_runs_as_a_job_on_a_running_cluster(corpus_folder, tmp_pat
         """
     )
     (tmp_path / "names.txt").write_text("daisy\noak tree\ntulip\n")
-    ports = ["--port=26379", "--dashboard-port=28265", "--ray-client-server-port=29001"]
-    ports += ["--dashboard-agent-listen-port=28366", "--dashboard-host=127.0.0.1"]
+    roles = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
+    port = dict(zip(roles, free_ports(len(roles)), strict=True))
+    ports = [f"--{role}={number}" for role, number in port.items()]
+    ports += ["--dashboard-host=127.0.0.1"]
     ray = Path(sys.executable).with_name("ray")
     words = [ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *ports]
     with open(tmp_path / "head.log", "w") as log:
         # Ray's sockets want a short path.
         temporary = tempfile.mkdtemp(prefix="ray")
         head = subprocess.Popen([*words, f"--temp-dir={temporary}"], stdout=log, stderr=log)
-    submit = ["submit", toml, "--address", "http://127.0.0.1:28265", "--python", sys.executable]
+    submit = ["submit", toml, "--address", f"http://127.0.0.1:{port['dashboard-port']}"]
+    submit += ["--python", sys.executable]
     try:
         deadline = time.monotonic() + 120
         while "no Ray cluster takes jobs" in (run := submitted(submit)).stderr:
@@ -173,6 +177,16 @@ def test_the_same_toml_runs_as_a_job_on_a_running_cluster(corpus_folder, tmp_pat
         head.terminate()
         head.wait(60)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, outside those that Ray gives its workers (10002 to 19999)."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    numbers = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    assert min(numbers) > 20_000
+    return numbers
 
 
 def submitted(words: list[object], **env: str) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ def test_every_sample_is_trained_or_skipped_with_a_reason():
     assert ledger.trained == 1
     assert ledger.skipped == {"format": 2, "header": 1, "teacher": 1}
     ledger.add(batch([True, True], [None, "header"]), np.array([True, False]))
-    assert ledger.statement(seen=10) == {
+    assert ledger.statement(planned=10) == {
         "seen": 10,
         "trained": 2,
         "skipped": {"format": 2, "header": 2, "teacher": 1},
@@ -34,14 +34,16 @@ def test_every_sample_is_trained_or_skipped_with_a_reason():
 
 
 def test_total_adds_up_and_leaves_its_parts_alone():
-    parts = [Ledger(3, {"format": 1}), Ledger(), Ledger(4, {"format": 2, "teacher": 1})]
+    parts = [Ledger(3, {"format": 1}, 4), Ledger(), Ledger(4, {"format": 2, "teacher": 1}, 7)]
     total = Ledger.total(parts)
-    assert total == Ledger(7, {"format": 3, "teacher": 1})
+    assert total == Ledger(7, {"format": 3, "teacher": 1}, 11)
     total.add(batch([True], ["format"]), np.array([False]))
-    assert parts[0] == Ledger(3, {"format": 1})
+    assert parts[0] == Ledger(3, {"format": 1}, 4)
     assert Ledger.total([]) == Ledger()
 
 
-def test_counting_a_sample_twice_is_noticed():
-    with pytest.raises(AssertionError, match="counted twice"):
-        Ledger(3, {"format": 2}).statement(seen=4)
+def test_a_sample_visited_twice_or_lost_is_noticed():
+    with pytest.raises(AssertionError, match="twice"):
+        Ledger(3, {"format": 2}, 5).statement(planned=4)
+    with pytest.raises(AssertionError, match="lost"):
+        Ledger(3, {"format": 1}, 5).statement(planned=5)

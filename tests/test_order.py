@@ -128,6 +128,16 @@ def test_coming_names_every_block_before_it_is_used(order: Order, world: int):
                     assert {(pass_, b) for b in firsts[inside, place].tolist()} <= known
 
 
+@given(orders(multiple=4), st.integers(0, 10_000), st.sampled_from([1, 2, 4]))
+def test_a_run_that_starts_in_mid_pass_learns_of_all_it_will_use(order: Order, at: int, world: int):
+    at %= order.steps
+    for rank in range(world):
+        known = set(order.coming(0, at, rank, world, afresh=True))
+        for step in range(at, order.steps):
+            known.update(order.coming(0, step, rank, world))
+            assert {(0, block) for block, _ in ids(order.share(0, step, rank, world))} <= known
+
+
 @given(orders(multiple=4), st.sampled_from([1, 2, 4]))
 def test_coming_names_only_what_its_rank_will_use(order: Order, world: int):
     for rank in range(world):

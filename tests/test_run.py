@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,9 @@ def test_mistakes_are_found_before_a_model_is_built(domain, tmp_path):
     assert "classes.names" in short and str(few) in short and "labels up to 47" in short
     assert "classes.vectors" in complaint("--classes.vectors", str(vectors))
     assert "student.depth" in complaint("--student.depth", "5")
+    assert "no run folder" in complaint(
+        "--name", domain.name, "--runs_dir", str(domain.parent), "--overwrite"
+    )
     assert "student.weights" in complaint("--student.model", "ViT-B-16")
     weights = str(HERE / "models" / "teacher" / "open_clip_model.safetensors")
     mixed = complaint("--student.model", "ViT-B-16", "--student.weights", weights)
@@ -161,10 +165,34 @@ def kill_after_checkpoint(folder: Path) -> None:
         time.sleep(0.05)
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            command = (process / "cmdline").read_text()
-        except OSError:
+            ours = "RayTrainWorker" in (process / "cmdline").read_text() and is_ours(process)
+        except OSError:  # it has ended meanwhile
             continue
-        if "RayTrainWorker" in command:
+        if ours:
             os.kill(int(process.name), signal.SIGKILL)
             return
     raise AssertionError("no student worker found")
+
+
+def is_ours(process: Path) -> bool:
+    """Whether a process descends from this one; other people's runs are left alone."""
+    while (pid := int(process.name)) > 1:
+        if pid == os.getpid():
+            return True
+        parent = re.search(r"^PPid:\s+(\d+)", (process / "status").read_text(), re.M)
+        assert parent
+        process = process.with_name(parent[1])
+    return False
+
+
+@pytest.mark.ray
+def test_class_vectors_of_another_teacher_are_refused(domain, local_ray, tmp_path):
+    from engine.clip.class_vectors import encode_classes
+    from engine.clip.towers import load_clip
+
+    other = load_clip(f"local-dir:{HERE / 'models' / 'student'}", "", "teacher.")
+    vectors = tmp_path / "w.safetensors"
+    encode_classes(other, CLASSES, "a {}").save(vectors)
+    with pytest.raises(UserError, match=r"classes\.vectors: .*w\.safetensors was made by another"):
+        distill(config_of(domain, tmp_path, "other", "--classes.vectors", str(vectors)))
+    assert not (tmp_path / "other").exists()

@@ -248,6 +248,12 @@ def _require_plain(visual: Any, model: str, prefix: str) -> None:
     plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None
     if not plain or visual.pool_type != "tok" or visual.final_ln_after_pool:
         raise UserError(f"{prefix}model: {model} has no plain ViT tower with a class token")
+    preprocessing = visual.preprocess_cfg["interpolation"], visual.preprocess_cfg["resize_mode"]
+    if preprocessing != ("bicubic", "shortest"):
+        raise UserError(
+            f"{prefix}model: {model} resizes its images by {preprocessing}; only bicubic, by the "
+            "shorter side, is supported"
+        )
 
 
 def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
@@ -260,6 +266,11 @@ def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises several kinds for a file that is not its own
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{field}: {path} is a TorchScript archive, as OpenAI publishes them; name the "
+                'open_clip tag "openai", or a file of its state dict'
+            ) from None
         raise UserError(f"{field}: {path} cannot be read as weights ({error})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)}

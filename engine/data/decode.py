@@ -58,11 +58,16 @@ def _peek_pipeline():
 
 
 class Decoder:
-    """Decodes views of samples under one policy. Not for use by two threads at once."""
+    """Decodes views of samples under one policy, on `device` (cpu, cuda or cuda:INDEX).
+
+    Not for use by two threads at once.
+    """
 
     def __init__(self, policy: ViewPolicy, device: str, threads: int, batch: int = 64) -> None:
         self.policy = policy
-        self._device, self._threads, self._batch = device, threads, batch
+        kind, _, index = device.partition(":")
+        self._gpu = int(index or 0) if kind == "cuda" else None
+        self._threads, self._batch = threads, batch
         self._views: Pipeline | None = None
         self._peek: Pipeline | None = None
 
@@ -131,10 +136,10 @@ class Decoder:
         if self._views is None:
             self._views = _view_pipeline(
                 self.policy.pixels,
-                "cpu" if self._device == "cpu" else "mixed",
+                "cpu" if self._gpu is None else "mixed",
                 batch_size=self._batch,
                 num_threads=self._threads,
-                device_id=None if self._device == "cpu" else 0,
+                device_id=self._gpu,
             )
         try:
             (images,) = self._views.run(

@@ -5,6 +5,7 @@ needed) and their samples decoded, and holds at most `ahead` finished batches. B
 a window may still need them.
 """
 
+import dataclasses
 import queue
 import threading
 import time
@@ -46,6 +47,10 @@ class Batch:
     valid_B: np.ndarray  # bool
     reasons: tuple[str | None, ...]  # why a sample is not valid; None for padding too
     labels_B: np.ndarray  # int64; -1 where the sample has none
+
+    def to(self, device: torch.device) -> "Batch":
+        """With its images on a device."""
+        return dataclasses.replace(self, images_BCHW=self.images_BCHW.to(device))
 
 
 class Loader:
@@ -110,6 +115,7 @@ class Loader:
         reads = {block: self._asked(block) for block in needed}
         for _, block in work.soon:
             self._asked(block)
+            self._kept.move_to_end(block)  # by its last announcement: see _asked()
         blocks = {block: read.result() for block, read in reads.items()}
         samples = [
             blocks[block][offset] if valid else None
@@ -129,8 +135,9 @@ class Loader:
         )
 
     def _asked(self, block: int) -> Future[list[Sample]]:
+        """The read of a block, begun if need be; drops those that were announced longest ago, whose
+        windows come first. Going by use would drop blocks not yet touched."""
         if block in self._kept:
-            self._kept.move_to_end(block)
             return self._kept[block]
         read = self._kept[block] = self._readers.submit(self._corpus.read, block)
         held = int(self._corpus.counts[list(self._kept)].sum())

@@ -138,13 +138,18 @@ class Order:
         offset = np.where(valid, place - (ends[slot] - self.counts[block]), 0)
         return Share(block, offset, valid)
 
-    def coming(self, pass_: int, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
+    def coming(
+        self, pass_: int, step: int, rank: int = 0, world: int = 1, afresh: bool = False
+    ) -> list[tuple[int, int]]:
         """(pass, block) of the windows that this step brings into sight: those after the ones its
-        lanes enter, and at a pass's first step those too. Empty where no lane enters a window."""
+        lanes enter. Empty where no lane enters a window. At a pass's first step, and `afresh`,
+        which is for a run's first step wherever it is, also the windows that the lanes are in."""
         per_lane = self.batch // self.lanes
+        first = step * per_lane // self.window_samples
         last = ((step + 1) * per_lane - 1) // self.window_samples
         before = (step * per_lane - 1) // self.window_samples
-        windows = range(0 if step == 0 else before + 2, last + 2)
+        seen = step > 0 and not afresh
+        windows = range(before + 2 if seen else first, last + 2)
         found: dict[tuple[int, int], None] = {}
         for window in windows:
             for lane in range(rank, self.lanes, world):

@@ -93,8 +93,9 @@ def _pack(
 ) -> Counter[str]:
     """Writes the shards; gives how many files were left out, by reason."""
     left_out: Counter[str] = Counter()
+    labels = {name: label for label, name in enumerate(names)}
     writer = wds.ShardWriter(
-        f"{out}/%06d.tar".replace("%", "%%").replace("%%06d", "%06d"),
+        str(out).replace("%", "%%") + "/%06d.tar",
         maxcount=shard_samples,
         verbose=0,
         opener=lambda path: open(path, "wb"),
@@ -115,7 +116,7 @@ def _pack(
                 continue
             sample = {"__key__": _key(number, place), kind: data}
             if len(place.parts) > 1:
-                sample["cls"] = str(names.index(_spaced(place.parts[0]))).encode()
+                sample["cls"] = str(labels[_spaced(place.parts[0])]).encode()
             writer.write(sample)
     if left_out.total() == len(files):
         raise UserError(f"images: {images} holds no usable image: {dict(left_out)}")

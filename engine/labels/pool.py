@@ -105,6 +105,9 @@ class StreamSource:
 
     def request(self, wanted: Sequence[BlockView]) -> None:
         known = {*self._queue, *self._kept, *(block for block, _ in self._asked.values())}
+        for block in wanted:
+            if block in self._kept:
+                self._kept.move_to_end(block)
         self._queue.extend(block for block in wanted if block not in known)
         self._pump()
 
@@ -112,8 +115,7 @@ class StreamSource:
         work = batch.work
         blocks = np.where(work.share.valid, work.share.blocks, -1)
         needed = [BlockView(work.corpus, int(b), work.view) for b in np.unique(blocks) if b >= 0]
-        self._await(needed)
-        answers = {wanted.block: self._kept[wanted] for wanted in needed}
+        answers = self._await(needed)
         valid = np.zeros(len(blocks), bool)
         if not answers:  # a share of nothing but padding
             return self._w_ND.new_zeros(len(blocks), len(self._w_ND)), valid
@@ -123,7 +125,7 @@ class StreamSource:
             rows = blocks == block
             values[rows] = answer.values[work.share.offsets[rows]]
             valid[rows] = answer.valid[work.share.offsets[rows]]
-        on_device = torch.from_numpy(values).to(self._w_ND.device, non_blocking=True)
+        on_device = torch.from_numpy(values).to(self._w_ND.device)
         return unpack(form, on_device, self._w_ND, self._scale), valid & batch.valid_B
 
     def close(self) -> None:
@@ -137,7 +139,7 @@ class StreamSource:
             self._asked[self._teachers[teacher].label.remote(wanted)] = (wanted, teacher)
             self._owed[teacher] += 1
 
-    def _await(self, needed: Sequence[BlockView]) -> None:
+    def _await(self, needed: Sequence[BlockView]) -> dict[int, SoftTargets]:
         started = time.perf_counter()
         self._collect(0)
         missing = [wanted for wanted in needed if wanted not in self._kept]
@@ -155,10 +157,10 @@ class StreamSource:
                     f"targets.timeout_s: no label of {late} after {self._timeout_s:.0f} s; "
                     f"{len(self._asked)} requests are with {len(self._teachers)} teachers"
                 )
-        for wanted in needed:
-            self._kept.move_to_end(wanted)
-        self._evict()
         self.waited_s += time.perf_counter() - started
+        answers = {wanted.block: self._kept[wanted] for wanted in needed}
+        self._evict()
+        return answers
 
     def _collect(self, timeout_s: float) -> bool:
         """Takes in the answers that have come; waits for one at most `timeout_s`."""
@@ -186,6 +188,8 @@ class StreamSource:
         return answer
 
     def _evict(self) -> None:
+        """Drops what was asked for longest ago: a window's labels are asked before the next's, and
+        trained on before them. Going by use would drop those not yet touched."""
         held = sum(len(answer.valid) for answer in self._kept.values())
         while held > self._kept_samples and len(self._kept) > 1:
             _, answer = self._kept.popitem(last=False)

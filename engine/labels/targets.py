@@ -60,7 +60,7 @@ class TargetSource(Protocol):
     """Where a student worker's teacher logits come from."""
 
     def request(self, wanted: Sequence[BlockView]) -> None:
-        """Says which labels will be needed soon, nearest first."""
+        """Says which labels will be needed soon, nearest first; no more than the source keeps."""
 
     def logits(self, batch: Batch) -> tuple[Tensor, np.ndarray]:
         """Teacher logits [B, N] fp32 (up to a shift per row) of a batch, and which rows are valid.

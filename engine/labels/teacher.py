@@ -47,8 +47,7 @@ class Teacher:
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Unit features [B, D] fp32 of uint8 images on any device."""
         parts = [
-            self._tower(part.to(self._device, non_blocking=True)).float()
-            for part in images_BCHW.split(self._batch)
+            self._tower(part.to(self._device)).float() for part in images_BCHW.split(self._batch)
         ]
         return F.normalize(torch.cat(parts), dim=-1)
 

@@ -67,14 +67,15 @@ def evaluate(
     loader = Loader(corpus, decoder, works, 2 * int(corpus.counts.max()), AHEAD)
     try:
         with torch.inference_mode():
-            for item in loader:
+            for decoded in loader:
+                item = decoded.to(device)
                 if source:
                     source.request([BlockView("evaluation", b, v) for v, b in item.work.soon])
                 teacher_BN, valid_B = source.logits(item) if source else (None, item.valid_B)
                 ledger.add(item, valid_B)
                 rows = torch.from_numpy(np.flatnonzero(valid_B)).to(device)
                 labels = torch.from_numpy(item.labels_B).to(device)[rows]
-                images = item.images_BCHW.to(device)[rows]
+                images = item.images_BCHW[rows]
                 answers = {name: model(images) for name, model in models.items()}
                 if teacher_BN is not None:
                     teacher_BN = answers["teacher"] = teacher_BN[rows]

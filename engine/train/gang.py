@@ -15,7 +15,7 @@ from engine.clip.class_vectors import ClassVectors
 from engine.clip.names import base_count
 from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, Clip, load_clip, vision_shape
-from engine.config import RunConfig
+from engine.config import RunConfig, UserError
 from engine.data.decode import Decoder
 from engine.data.order import Order
 from engine.data.views import ViewPolicy
@@ -24,7 +24,7 @@ from engine.labels.targets import TargetSource
 from engine.labels.teacher import InlineSource, Teacher, fingerprint
 from engine.train import checkpoint
 from engine.train.evaluate import Score, evaluate
-from engine.train.loop import kept, train
+from engine.train.loop import kept, merged, train
 from kernels.reference import logits
 
 __all__ = ["Task", "run_gang"]
@@ -83,6 +83,7 @@ def _worker(told: dict[str, Task]) -> dict[str, Any] | None:
         config.seed,
     )
     start = checkpoint.load_latest(config.folder / "checkpoints")
+    _require_one_start(start.step if start else 0, world)
     if start:
         student.load_state_dict(start.student)
     clip.image.to(device, DTYPES[config.student.precision])
@@ -97,7 +98,7 @@ def _worker(told: dict[str, Task]) -> dict[str, Any] | None:
         config.seed,
     )
     policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
-    decoder = Decoder(policy, config.device, config.student.threads)
+    decoder = Decoder(policy, str(device), config.student.threads)
     source = _source(task, w_ND, kept(order, world), rank, device)
     trainer = StudentTrainer(
         student.to(device),
@@ -125,7 +126,7 @@ def _worker(told: dict[str, Task]) -> dict[str, Any] | None:
         bundle = _bundle(config, clip, classes, weights)
         if rank == 0:
             bundle.save(config.folder / "bundle.safetensors")
-        scores = {}
+        scores, evaluation = {}, None
         if "evaluation" in corpora:
             # A fresh student, as it is deployed: ZeRO may hold the trained one in parts.
             models: dict[str, Callable[[Tensor], Tensor]] = {
@@ -134,7 +135,7 @@ def _worker(told: dict[str, Task]) -> dict[str, Any] | None:
             if task.zero_shot:
                 models["student_before"] = _zero_shot(clip, task.zero_shot, device)
             held_out = corpora["evaluation"]
-            tallies, _ = evaluate(
+            tallies, ledger = evaluate(
                 models,
                 source,
                 held_out,
@@ -144,6 +145,7 @@ def _worker(told: dict[str, Task]) -> dict[str, Any] | None:
                 config.teacher.batch,
                 device,
             )
+            evaluation = merged(ledger).statement(held_out.samples)
             for name, counts in tallies.items():
                 everyone = counts.to(device)
                 torch.distributed.all_reduce(everyone)
@@ -157,7 +159,16 @@ def _worker(told: dict[str, Task]) -> dict[str, Any] | None:
         "waited_data_s": trained.waited_data_s,
         "ledger": trained.ledger.statement(config.train.passes * order.samples),
         "scores": scores,
+        "evaluation": evaluation,
     }
+
+
+def _require_one_start(step: int, world: int) -> None:
+    """Workers that start at different steps would wait for each other for ever."""
+    steps = [0] * world
+    torch.distributed.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise UserError(f"runs_dir must be one folder for all nodes: checkpoints differ, {steps}")
 
 
 def _source(

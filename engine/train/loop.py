@@ -28,7 +28,7 @@ from engine.train.schedule import effective_weight, learning_rate
 if TYPE_CHECKING:
     from engine.train.student import StudentTrainer  # DeepSpeed is slow to import
 
-__all__ = ["Trained", "kept", "train", "training_works"]
+__all__ = ["Trained", "kept", "merged", "train", "training_works"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def training_works(
     """The batches of this rank, from step `start` of the run on."""
     for step in range(start, passes * order.steps):
         pass_, within = divmod(step, order.steps)
-        coming = order.coming(pass_, within, rank, world)
+        coming = order.coming(pass_, within, rank, world, afresh=step == start)
         soon = tuple((p % views, block) for p, block in coming if p < passes)
         share = order.share(pass_, within, rank, world)
         yield Work("shards", step, pass_ % views, share, soon)
@@ -85,14 +85,15 @@ def train(
     weight = effective_weight(config, trainer.classes) * config.temperature**2
     started = logged = time.perf_counter()
     try:
-        for batch in loader:
+        for decoded in loader:
+            batch = decoded.to(device)
             source.request([BlockView("shards", block, view) for view, block in batch.work.soon])
             teacher_logits_BN, trained_B = source.logits(batch)
             counts += trainer.step(
                 batch.work.step,
-                batch.images_BCHW.to(device, non_blocking=True),
+                batch.images_BCHW,
                 teacher_logits_BN,
-                torch.from_numpy(trained_B).to(device, non_blocking=True),
+                torch.from_numpy(trained_B).to(device),
             )
             ledger.add(batch, trained_B)
             done = batch.work.step + 1
@@ -128,8 +129,10 @@ def train(
             gpu.close()
         if recorder:
             recorder.close()
+    everyone = merged(ledger)
+    assert everyone.visited == config.passes * order.samples, "samples were left out of the run"
     waits = _sum(torch.tensor([source.waited_s, loader.waited_s], device=device)) / world
-    return Trained(total_steps, train_s, _merged(ledger), *waits.tolist())
+    return Trained(total_steps, train_s, everyone, *waits.tolist())
 
 
 def kept(order: Order, world: int) -> int:
@@ -142,13 +145,14 @@ def _save(
     trainer: "StudentTrainer", folder: Path, step: int, train_s: float, ledger: Ledger
 ) -> None:
     student, optimizer = trainer.state()
-    everyone = _merged(ledger)
+    everyone = merged(ledger)
     if dist.get_rank() == 0:
         state = checkpoint.Checkpoint(step, train_s, everyone, student, optimizer)
         checkpoint.save(folder / "checkpoints", state)
 
 
-def _merged(ledger: Ledger) -> Ledger:
+def merged(ledger: Ledger) -> Ledger:
+    """The ledgers of all workers, added up."""
     everyone: list[Ledger] = [Ledger()] * dist.get_world_size()
     dist.all_gather_object(everyone, ledger)
     return Ledger.total(everyone)

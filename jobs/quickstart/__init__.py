@@ -5,6 +5,7 @@ What it does are the commands that it prints.
 """
 
 import json
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engine.config import Section
+from engine.config import Section, UserError
 from engine.parse import parse
 from jobs import classes, distill, evaluate, index, predict, shards
 
@@ -33,6 +34,8 @@ class QuickstartConfig(Section):
 
 def main(args: Sequence[str]) -> None:
     config = parse(QuickstartConfig, args, prog="promptkd quickstart")
+    if not config.seeds:
+        raise UserError("seeds: give at least one")
     folder = Path(config.folder)
     domain = folder / "domain"
     if not (domain / "evaluation" / "corpus.parquet").exists():
@@ -73,6 +76,7 @@ def mean(values: Sequence[Any]) -> Any:
 def _make_corpora(domain: Path) -> None:
     from jobs.quickstart.domain import CLASSES, write_images
 
+    shutil.rmtree(domain, ignore_errors=True)  # of an earlier try that did not come to its end
     print(f"drawing {len(CLASSES) * (TRAIN_PER_CLASS + TEST_PER_CLASS)} images", flush=True)
     train, test = domain / "train_images", domain / "test_images"
     write_images(train, "domain", TRAIN_PER_CLASS, seed=1, labelled=False)
