@@ -6,7 +6,8 @@ from engine.clip.class_vectors import ClassVectors
 from engine.clip.names import read_names
 from engine.clip.towers import check_weights, vision_shape
 from engine.config import RunConfig, UserError
-from engine.labels.pool import open_corpora
+from engine.data.corpus import open_corpora
+from engine.progress import say
 
 __all__ = ["check"]
 
@@ -26,13 +27,16 @@ def check(config: RunConfig) -> tuple[str, ...]:
                 f"classes.names: {config.classes.names} does not fit classes.vectors: "
                 + _difference(names, stored.names)
             )
-    corpora = open_corpora(config)
+    corpora = open_corpora(config.corpus)
     if "evaluation" in corpora and corpora["evaluation"].largest_label >= len(names):
         raise UserError(
             f"classes.names: {config.classes.names} has {len(names)} names, but "
             f"corpus.evaluation ({config.corpus.evaluation}) has labels up to "
             f"{corpora['evaluation'].largest_label}"
         )
+    for name, corpus in corpora.items():
+        for shard in corpus.incomplete:
+            say(f"warning: corpus.{name}: {shard} has no end mark; it may have lost its tail")
     check_weights(config.teacher.model, config.teacher.weights, "teacher.")
     check_weights(config.student.model, config.student.weights, "student.")
     teacher, student = vision_shape(config.teacher.model), vision_shape(config.student.model)

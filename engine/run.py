@@ -16,13 +16,15 @@ from engine import cluster
 from engine.clip.class_vectors import ClassVectors, encode_classes
 from engine.clip.towers import load_clip
 from engine.config import RunConfig, UserError, absolute, to_dict
-from engine.labels.pool import open_corpora, start_pool
+from engine.data.corpus import open_corpora
+from engine.labels.pool import start_pool
 from engine.preflight import check
 from engine.progress import Watch, say
 from engine.train import checkpoint
-from engine.train.gang import Task, run_gang
+from engine.train.gang import run_gang
 from engine.train.ledger import Ledger
 from engine.train.schedule import effective_weight
+from engine.train.worker import Task
 
 __all__ = ["distill"]
 
@@ -120,7 +122,7 @@ def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:
 
 def _ledger_so_far(config: RunConfig) -> dict[str, Any]:
     saved = checkpoint.load_latest(config.folder / "checkpoints")
-    planned = config.train.passes * open_corpora(config)["shards"].samples
+    planned = config.train.passes * open_corpora(config.corpus)["shards"].samples
     return (saved.ledger if saved else Ledger()).statement(planned)
 
 

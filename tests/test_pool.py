@@ -14,12 +14,12 @@ from tiny import clip_folder
 from engine.clip.class_vectors import encode_classes
 from engine.clip.towers import load_clip
 from engine.config import CorpusConfig, RunConfig, TeacherConfig
-from engine.data.corpus import Corpus
+from engine.data.corpus import Corpus, open_corpora
 from engine.data.decode import Decoder
 from engine.data.loader import Loader, Work
 from engine.data.order import Share
 from engine.data.views import TEST_VIEW, ViewPolicy
-from engine.labels.pool import StreamSource, open_corpora, start_pool
+from engine.labels.pool import StreamSource, start_pool
 from engine.labels.targets import BlockView, SoftTargets, unpack
 from engine.labels.teacher import Labeller, Teacher, fingerprint
 from engine.train.evaluate import evaluate
@@ -64,7 +64,7 @@ def labeller(config, classes):
     policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
     return Labeller(
         Teacher(clip, classes, "fp32", torch.device("cpu"), config.teacher.batch),
-        open_corpora(config),
+        open_corpora(config.corpus),
         Decoder(policy, "cpu", 1),
         fingerprint(classes, policy, "fp32"),
     )

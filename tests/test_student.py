@@ -117,8 +117,25 @@ def broken_labels(model: str) -> list[dict]:
     return told
 
 
-def train_alone(rank: int, world: int, model: str) -> tuple[dict, list[dict]]:
-    return train(rank, world, model, None), broken_labels(model)
+def nan_labels(model: str) -> list[tuple[str, dict, dict]]:
+    """Of every stage: what a step with a nan in a valid label raises, and weights around it."""
+    told = []
+    for stage in STAGES:
+        trainer = StudentTrainer(
+            new_student(model), class_vectors(), SCALE, settings("sgd"), stage, STEPS
+        )
+        images, teacher, valid = data(1)
+        teacher[valid] = torch.nan
+        before = trainer.state()[0]
+        with pytest.raises(RuntimeError) as error:
+            trainer.step(0, images, teacher, valid)
+        told.append((str(error.value), before, trainer.state()[0]))
+        trainer.engine.destroy()
+    return told
+
+
+def train_alone(rank: int, world: int, model: str) -> tuple[dict, list[dict], list[tuple]]:
+    return train(rank, world, model, None), broken_labels(model), nan_labels(model)
 
 
 def assert_equal(got: tuple[dict, dict], wanted: tuple[dict, dict]) -> None:
@@ -255,6 +272,14 @@ def test_a_label_that_is_not_valid_may_be_anything(alone, model):
     assert not torch.equal(good["prompts"], new_student(model).prompts)
     for weights in broken:
         assert_same_weights(weights, good, "sgd")
+
+
+def test_a_nan_stops_the_run_before_the_optimizer(alone):
+    assert len(alone[2]) == len(STAGES)
+    for message, before, after in alone[2]:
+        assert "the loss is not finite" in message
+        for name in ("prompts", "projector.first.weight", "projector.second.bias"):
+            assert torch.equal(before[name], after[name])
 
 
 def test_settings_are_those_that_matter():

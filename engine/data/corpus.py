@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.config import UserError
+from engine.config import CorpusConfig, UserError
 from engine.data.order import Block, cut_blocks
 
-__all__ = ["INDEX_VERSION", "MANIFEST", "Corpus", "Member", "Sample", "is_image"]
+__all__ = ["INDEX_VERSION", "MANIFEST", "Corpus", "Member", "Sample", "is_image", "open_corpora"]
 
 MANIFEST = "corpus.parquet"
 INDEX_VERSION = "v1.2"
@@ -70,6 +70,7 @@ class Corpus:
     blocks: np.ndarray  # int64 [n, 3]: rows of Block
     excluded: tuple[dict[int, str], ...]  # of each shard: position -> reason
     largest_label: int  # -1: no sample has one
+    incomplete: tuple[str, ...]  # shards without an end mark, which may have lost their tails
     fingerprint: str
 
     @classmethod
@@ -112,6 +113,7 @@ class Corpus:
             cut_blocks(samples, block_samples),
             excluded,
             max(row["largest_label"] for row in rows),
+            tuple(row["shard"] for row in rows if not row["complete"]),
             hashlib.sha256(identity.encode()).hexdigest(),
         )
 
@@ -154,6 +156,16 @@ class Corpus:
             elif image is None and is_image(suffix):
                 image = member
         return Sample(shard, position, image if reason is None else None, reason, label)
+
+
+def open_corpora(config: CorpusConfig) -> dict[str, Corpus]:
+    """The corpora of a run: `shards` and, where it is named, `evaluation`. Raises UserError."""
+    corpora = {"shards": Corpus.open(config.shards, config.block_samples)}
+    if config.evaluation:
+        corpora["evaluation"] = Corpus.open(
+            config.evaluation, config.block_samples, "corpus.evaluation"
+        )
+    return corpora
 
 
 def _expand(where: str, field: str) -> list[str]:

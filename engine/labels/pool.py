@@ -19,25 +19,14 @@ from torch import Tensor
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.towers import load_clip
 from engine.config import RunConfig
-from engine.data.corpus import Corpus
+from engine.data.corpus import open_corpora
 from engine.data.decode import Decoder
 from engine.data.loader import Batch
 from engine.data.views import ViewPolicy
 from engine.labels.targets import BlockView, SoftTargets, unpack
 from engine.labels.teacher import Labeller, Teacher, fingerprint
 
-__all__ = ["StreamSource", "TeacherActor", "open_corpora", "start_pool"]
-
-
-def open_corpora(config: RunConfig) -> dict[str, Corpus]:
-    """The corpora of a run, by the names that BlockView uses."""
-    block_samples = config.corpus.block_samples
-    corpora = {"shards": Corpus.open(config.corpus.shards, block_samples)}
-    if config.corpus.evaluation:
-        corpora["evaluation"] = Corpus.open(
-            config.corpus.evaluation, block_samples, "corpus.evaluation"
-        )
-    return corpora
+__all__ = ["StreamSource", "TeacherActor", "start_pool"]
 
 
 class TeacherActor:
@@ -51,7 +40,7 @@ class TeacherActor:
         precision = config.teacher.precision
         self._labeller = Labeller(
             Teacher(clip, classes, precision, device, config.teacher.batch),
-            open_corpora(config),
+            open_corpora(config.corpus),
             Decoder(policy, config.device, config.teacher.threads),
             fingerprint(classes, policy, precision),
         )

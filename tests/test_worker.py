@@ -1,0 +1,100 @@
+"""A worker without Ray: an inline run, its end, and its resumption."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_distributed
+from tiny import clip_folder
+
+from engine.clip.bundle import Bundle
+from engine.clip.class_vectors import encode_classes
+from engine.clip.towers import load_clip
+from engine.config import (
+    ClassesConfig,
+    CorpusConfig,
+    RunConfig,
+    StudentConfig,
+    TargetsConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from engine.train.worker import Task, work
+
+NAMES = ("daisy", "oak tree", "tulip")
+
+
+def config_of(model: str, corpus: str, runs: str) -> RunConfig:
+    """Resolved: 24 samples, 3 passes, 9 steps, a checkpoint after 4 and 8."""
+    return RunConfig(
+        name="run",
+        runs_dir=runs,
+        device="cpu",
+        corpus=CorpusConfig(
+            shards=corpus, evaluation=corpus, block_samples=4, window_blocks=2, lanes=2
+        ),
+        classes=ClassesConfig(names="unused"),
+        teacher=TeacherConfig(model=model, precision="fp32", gpus=0),
+        student=StudentConfig(model=model, precision="fp32", gpus=0, depth=2, workers=2),
+        targets=TargetsConfig(source="inline"),
+        train=TrainConfig(passes=3, batch=8, lr=0.1, checkpoint_steps=4, log_steps=2),
+    )
+
+
+def run(rank: int, world: int, model: str, corpus: str, runs: str) -> dict:
+    config = config_of(model, corpus, runs)
+    classes = encode_classes(load_clip(model, "", "teacher."), NAMES, "{}")
+    return work(Task(config, classes, classes, ()), torch.device("cpu"))
+
+
+def run_apart(rank: int, world: int, model: str, corpus: str, runs: str) -> str:
+    """Rank 1 has a run folder of its own, without checkpoints."""
+    try:
+        run(rank, world, model, corpus, runs if rank == 0 else f"{runs}/elsewhere")
+    except ValueError as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus_folder) -> tuple[tuple[str, str, str], list[dict]]:
+    """Where a run has been, and what its two workers told."""
+    folder = tmp_path_factory.mktemp("worker")
+    where = (clip_folder(folder / "clip"), str(corpus_folder), str(folder))
+    (folder / "run").mkdir()
+    return where, run_distributed(run, 2, *where)
+
+
+def test_all_workers_tell_the_same_and_the_ledger_adds_up(finished):
+    told = finished[1]
+    assert told[0]["ledger"] == {"seen": 72, "trained": 72, "skipped": {}, "pending": 0}
+    assert told[0]["evaluation"] == {"scored": 24, "skipped": {}}
+    assert told[0]["steps"] == 9
+    for shared in ("ledger", "evaluation", "scores", "steps"):
+        assert told[0][shared] == told[1][shared]
+    # Teacher and zero-shot student are one model here, so it agrees with itself.
+    assert told[0]["scores"]["student_before"] == told[0]["scores"]["teacher"]
+    assert told[0]["scores"]["teacher"]["agreement"] == 100
+
+
+def test_a_run_cut_off_ends_as_one_that_was_not(finished, tmp_path):
+    (model, corpus, runs), _ = finished
+    whole = Path(runs) / "run"
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000009")
+    (tmp_path / "run" / "bundle.safetensors").unlink()
+    told = run_distributed(run, 2, model, corpus, str(tmp_path))
+    assert told[0]["ledger"] == {"seen": 72, "trained": 72, "skipped": {}, "pending": 0}
+    ends = [Bundle.load(folder / "bundle.safetensors") for folder in (whole, tmp_path / "run")]
+    for name, tensor in ends[0].learned.items():
+        assert torch.equal(tensor, ends[1].learned[name]), name
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [2, 4, 6, 8, 9, 9], "it went on from step 8"
+
+
+def test_workers_that_see_different_folders_are_stopped(finished):
+    (model, corpus, runs), _ = finished
+    for told in run_distributed(run_apart, 2, model, corpus, runs):
+        assert "runs_dir must be one folder for all nodes" in told
