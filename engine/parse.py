@@ -30,7 +30,7 @@ def parse(schema: type[T], args: Sequence[str], *, prog: str, from_files: bool =
     Ends the process with a message if it cannot (exit code 2), or after --help (exit code 0).
     Raises UserError for a file that cannot be read, and for values that do not fit together.
     """
-    files = [word for word in args if word.endswith((".toml", ".json"))] if from_files else []
+    files = list(_files(args, schema)) if from_files else []
     words = [word for word in args if word not in files]
     flags = [flag for file in files for flag in _file_flags(file, schema)]
     source = f"read from {', '.join(files)}, then the command line"
@@ -44,6 +44,15 @@ def parse(schema: type[T], args: Sequence[str], *, prog: str, from_files: bool =
         raise UserError(f"{error} ({source})" if files else str(error)) from None
 
 
+def _files(args: Sequence[str], schema: type) -> Iterator[str]:
+    """Words that name a config file, and are not the value of a flag."""
+    switches = {"--" + name.replace("_", "-") for name, kind in _types(schema) if kind is bool}
+    for before, word in zip(("", *args), args, strict=False):
+        takes_word = before.startswith("--") and before.replace("_", "-") not in switches
+        if word.endswith((".toml", ".json")) and not (takes_word and "=" not in before):
+            yield word
+
+
 def _file_flags(file: str, schema: type) -> Iterator[str]:
     try:
         text = Path(file).read_text()
@@ -52,6 +61,8 @@ def _file_flags(file: str, schema: type) -> Iterator[str]:
         raise UserError(f"{file}: no such file") from None
     except (ValueError, OSError) as error:  # of either format, or of the file
         raise UserError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: holds no fields")
     types = dict(_types(schema))
     for name, value in _leaves(tree):
         section, _, last = name.rpartition(".")
@@ -66,7 +77,7 @@ def _file_flags(file: str, schema: type) -> Iterator[str]:
         elif not known and (last == "help" or last.startswith("no_")):
             raise UserError(f"{file}: there is no --{name} in a file")
         else:
-            yield from (f"--{name}", str(value))
+            yield f"--{name}={value}"  # in one word, since a value may begin with a dash
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -67,9 +67,12 @@ def distill(config: RunConfig) -> dict[str, Any]:
 
 def _new_folder(config: RunConfig) -> Path:
     folder = config.folder
-    if folder.exists():
+    if config.overwrite and folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)  # whoever makes it owns it
+    except FileExistsError:
+        raise UserError(f"name: {folder} has been taken by another run meanwhile") from None
     about = {"versions": _versions(), "git_sha": _git_sha()}
     _write(folder / "config.json", to_dict(config) | about)
     return folder

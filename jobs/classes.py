@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import Section
+from engine.config import Section, UserError
 from engine.parse import Positional, parse
 from jobs.cli import run
 
@@ -32,6 +32,8 @@ def main(args: Sequence[str]) -> None:
     from engine.clip.names import read_names
     from engine.clip.towers import load_clip
 
+    if "{}" not in config.template:
+        raise UserError(f"template must hold {{}}, got {config.template!r}")
     names = read_names(config.names, "names")
     clip = load_clip(config.model, config.weights, "")
     classes = encode_classes(clip, names, config.template)

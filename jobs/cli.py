@@ -1,6 +1,7 @@
 """The `promptkd` command: `promptkd distill run.toml` is `python -m jobs.distill run.toml`."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], name: str) -> int:
-    """Calls a command's main; a UserError becomes a message and exit code 2."""
+    """Calls a command's main. What the user can mend becomes a message and exit code 2."""
     from engine.config import UserError
 
     try:
@@ -37,6 +38,17 @@ def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], nam
     except UserError as error:
         print(f"promptkd {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"promptkd {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"promptkd {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _help() -> str:

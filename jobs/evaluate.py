@@ -48,7 +48,7 @@ def main(args: Sequence[str]) -> None:
             f"{len(bundle.class_names)} classes"
         )
     device = torch.device(config.device)
-    predictor = bundle.predictor(device, "fp32", config.model, config.weights)
+    predictor = bundle.predictor(config.device, "fp32", config.model, config.weights)
     decoder = Decoder(ViewPolicy(0, predictor.pixels), config.device, threads=2)
     tallies, ledger = evaluate(
         {"student": predictor},

@@ -30,7 +30,7 @@ def main(args: Sequence[str]) -> None:
     from engine.progress import track
 
     folder = Path(config.folder)
-    paths = sorted(folder.glob("*.tar"))
+    paths = sorted(path for path in folder.glob("*.tar") if path.is_file())
     if not paths:
         raise UserError(f"folder: no .tar shards in {folder}")
     shards = [index_shard(path) for path in track(paths, "indexing")]
@@ -40,6 +40,11 @@ def main(args: Sequence[str]) -> None:
     for shard in shards:
         if not shard.complete:
             print(f"warning: {shard.name} has no end mark; it may have lost its tail")
+        if shard.extra_images:
+            print(
+                f"warning: {shard.name} has {shard.extra_images} more images than samples; the "
+                "first of each sample is used (a sample's key ends at the first dot of its name)"
+            )
     for reason, count in Counter(r for s in shards for r in s.excluded.values()).most_common():
         print(f"excluded {count} ({reason})")
 

@@ -38,6 +38,8 @@ class PredictConfig(Section):
 def main(args: Sequence[str]) -> None:
     config = parse(PredictConfig, args, prog="promptkd predict")
     files = list(_files(config.images))
+    if not files:
+        raise UserError("images: there are none")
     import torch
 
     from engine.clip.bundle import Bundle
@@ -46,7 +48,7 @@ def main(args: Sequence[str]) -> None:
     from engine.data.views import TEST_VIEW, ViewPolicy
 
     bundle = Bundle.load(Path(config.bundle))
-    predictor = bundle.predictor(torch.device(config.device), "fp32", config.model, config.weights)
+    predictor = bundle.predictor(config.device, "fp32", config.model, config.weights)
     decoder = Decoder(ViewPolicy(0, predictor.pixels), config.device, threads=2)
     for low in range(0, len(files), config.batch):
         part = files[low : low + config.batch]
@@ -67,11 +69,10 @@ def main(args: Sequence[str]) -> None:
 
 
 def _files(names: Sequence[str]) -> Iterator[Path]:
-    if not names:
-        raise UserError("images: name at least one image or folder")
     for path in map(Path, names):
         if path.is_dir():
-            yield from sorted(f for f in path.rglob("*") if f.is_file())
+            files = (f.relative_to(path) for f in path.rglob("*") if f.is_file())
+            yield from sorted(path / f for f in files if not f.as_posix().startswith("."))
         elif path.is_file():
             yield path
         else:

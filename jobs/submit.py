@@ -52,15 +52,19 @@ async def _follow(address: str, upload: str, entrypoint: str) -> int:
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": upload})
-    except (ConnectionError, AuthenticationError, RuntimeError) as error:
+    except (ConnectionError, AuthenticationError, RuntimeError, ValueError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
             f"address: no Ray cluster takes jobs at {address}: {why}. Set RAY_AUTH_MODE=token, and "
             "the cluster's token as RAY_AUTH_TOKEN, if it wants one"
         ) from None
     print(f"job {job} on {address}", file=sys.stderr)
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+    try:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+    except asyncio.CancelledError:
+        print(f"job {job} goes on; `ray job stop {job}` ends it", file=sys.stderr)
+        raise
     info = client.get_job_info(job)
     print(f"job {job}: {info.status}", file=sys.stderr)
     if info.driver_exit_code is None:  # it never came to start

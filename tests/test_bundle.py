@@ -78,7 +78,7 @@ def test_backbone_may_lie_elsewhere_but_must_be_the_same(made, saved, tmp_path):
     here, there = bundle.predictor(CPU, "fp32"), bundle.predictor(CPU, "fp32", moved)
     assert torch.equal(here(images), there(images))
     other = clip_folder(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"^student\.weights: .* trained on backbone"):
+    with pytest.raises(UserError, match=r"^weights: .* trained on backbone"):
         bundle.predictor(CPU, "fp32", other)
 
 

@@ -166,6 +166,13 @@ def test_a_number_in_other_clothes_is_refused(toml, complaint, value: str):
     assert "train.lr" in complaint(toml(f'name = "a"\n[train]\nlr = {value}\n'), "--dry_run")
 
 
+def test_a_value_may_look_like_a_file_or_a_flag(toml):
+    file = toml('name = "-x"\n')
+    config = run_config("--classes.names", "names.json", file)
+    assert config.classes.names == "names.json" and config.name == "-x"
+    assert parse(Asked, ["--dry-run", file], prog="p", from_files=True).dry_run
+
+
 def test_infinity_is_no_learning_rate(complaint):
     assert "train.lr" in complaint("--name", "a", "--train.lr", "inf", "--dry_run")
 

@@ -6,12 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from engine.clip.class_vectors import ClassVectors
 from jobs import cli
 from jobs.quickstart import HERE, SETTINGS
 
@@ -63,6 +65,37 @@ def test_class_vectors_are_stored(tmp_path, capsys):
     names.write_text("red circle\nred circle\n")
     assert promptkd("classes", names, tmp_path / "w.safetensors", "--model", TEACHER) == 2
     assert "line 2 repeats 'red circle'" in capsys.readouterr().err
+
+
+def test_mistakes_end_in_a_line_that_names_them(images_folder, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("red circle\nblue star\n", encoding="utf-8-sig")  # as some editors save it
+    stored = tmp_path / "w.safetensors"
+    assert promptkd("classes", names, stored, "--model", TEACHER, "--template", "a photo") == 2
+    assert "template must hold {}" in capsys.readouterr().err
+    assert promptkd("classes", names, stored, "--model", TEACHER, "--weights", "w.pt") == 2
+    assert "weights: local-dir:" in capsys.readouterr().err
+    assert promptkd("classes", names, stored, "--model", TEACHER) == 0
+    assert ClassVectors.load(stored).names == ("red circle", "blue star")
+    capsys.readouterr()
+    assert promptkd("shards", images_folder, names / "below") == 2
+    assert f"{names}" in capsys.readouterr().err
+    assert promptkd("predict", tmp_path, images_folder) == 2
+    assert f"bundle: {tmp_path}" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert promptkd("predict", stored, empty) == 2
+    assert "images: there are none" in capsys.readouterr().err
+
+
+def test_images_that_share_a_key_are_told_of(images_folder, tmp_path, capsys):
+    image = next(images_folder.rglob("*.jpeg"))
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("2024.01.05 a.jpg", "2024.02.05 b.jpg", "other.jpg"):
+            tar.add(image, name)
+    assert promptkd("index", tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "1 shards, 2 samples" in told and "1 more images than samples" in told
 
 
 @pytest.mark.ray

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -14,7 +16,7 @@ import ray
 import torch
 
 from engine.clip.bundle import Bundle
-from engine.config import RunConfig, UserError
+from engine.config import RunConfig, UserError, to_dict
 from engine.data.shards import index_shard, write_manifest, write_shards
 from engine.parse import parse
 from engine.run import distill
@@ -183,6 +185,34 @@ def is_ours(process: Path) -> bool:
         assert parent
         process = process.with_name(parent[1])
     return False
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_with_a_word_and_leaves_nothing_behind(domain, tmp_path):
+    config = config_of(domain, tmp_path, "stopped", "--train.passes", "500")
+    toml = tmp_path / "run.json"
+    toml.write_text(json.dumps(to_dict(config)))
+    command = [sys.executable, "-m", "jobs.cli", "distill", str(toml)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (config.folder / "metrics.jsonl").exists():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 130 and "promptkd distill: interrupted" in told
+    deadline = time.monotonic() + 30
+    while any(session_of(process) == run.pid for process in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.5)
+
+
+def session_of(process: Path) -> int:
+    try:
+        return os.getsid(int(process.name))
+    except OSError:
+        return 0
 
 
 @pytest.mark.ray

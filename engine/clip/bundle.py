@@ -7,6 +7,7 @@ without teacher and without text tower.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from json import JSONDecodeError
 from pathlib import Path
 
 import torch
@@ -64,22 +65,24 @@ class Bundle:
             return cls(learned=learned, class_vectors=class_vectors, **about)
         except FileNotFoundError:
             raise UserError(f"{field}: {path}: no such file") from None
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, KeyError, TypeError, OSError, JSONDecodeError) as error:
             raise UserError(f"{field}: {path} is not a bundle ({error})") from None
 
     def predictor(
-        self, device: torch.device, precision: str, model: str = "", weights: str = ""
+        self, device: str, precision: str, model: str = "", weights: str = ""
     ) -> "Predictor":
         """Puts the student together. `model` and `weights` say where the backbone now lies, if not
         where the run had it. Raises UserError for a backbone that is not the one trained on."""
-        clip = load_clip(model or self.model, weights or self.weights, "student.")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device: cuda is asked for, but there is no GPU")
+        clip = load_clip(model or self.model, weights or ("" if model else self.weights), "")
         if clip.fingerprint != self.backbone:
             raise UserError(
-                f"student.weights: the bundle was trained on backbone {self.backbone[:16]}, "
+                f"weights: the bundle was trained on backbone {self.backbone[:16]}, "
                 f"{weights or model or self.weights or self.model} is {clip.fingerprint[:16]}"
             )
         clip.image.to(device, DTYPES[precision])
-        return self.attached(clip, device)
+        return self.attached(clip, torch.device(device))
 
     def attached(self, clip: Clip, device: torch.device) -> "Predictor":
         """The student on top of a backbone that is loaded already."""

@@ -53,7 +53,7 @@ class ClassVectors:
             stored = cls(vectors=vectors, **(about | {"names": tuple(about["names"])}))
         except FileNotFoundError:
             raise UserError(f"{field}: {path}: no such file") from None
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{field}: {path} holds no class vectors ({error})") from None
         if len(vectors) != len(stored.names):
             raise UserError(

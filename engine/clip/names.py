@@ -12,7 +12,7 @@ def read_names(path: str, field: str = "classes.names") -> tuple[str, ...]:
     if not path:
         raise UserError(f"{field} is not set: a text file with one class name a line")
     try:
-        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+        names = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{field}: {path} cannot be read ({error})") from None
     seen: set[str] = set()

@@ -213,6 +213,8 @@ def _checkpoint(model: str, weights: str, prefix: str) -> Path | None:
         raise UserError(f"{prefix}model is not set")
     if model.startswith(LOCAL):
         folder = Path(model.removeprefix(LOCAL))
+        if weights:
+            raise UserError(f"{prefix}weights: {model} holds its own; leave the field empty")
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"{prefix}model: {folder} holds no open_clip_config.json")
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

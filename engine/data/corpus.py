@@ -152,10 +152,16 @@ class Corpus:
         for suffix, offset, size, _ in row:
             member = data[offset - low : offset - low + size]
             if suffix == "cls" and reason != "truncated":
-                label = int(bytes(member))
+                label = _label(bytes(member), self.shards[shard])
             elif image is None and is_image(suffix):
                 image = member
         return Sample(shard, position, image if reason is None else None, reason, label)
+
+
+def _label(data: bytes, shard: str) -> int:
+    if not data.strip().isdigit():  # the index pass has seen that it was a number
+        raise UserError(f"{shard} has changed since it was indexed; run `promptkd index` again")
+    return int(data)
 
 
 def open_corpora(config: CorpusConfig) -> dict[str, Corpus]:
@@ -201,7 +207,7 @@ def _read_index(path: Path, changed_ns: int) -> list[list[Member]]:
 
 
 def _parse_index(path: Path) -> Iterator[list[Member]]:
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8", "surrogateescape").splitlines()
     if not lines or lines[0].split()[0] != INDEX_VERSION:
         raise UserError(f"{path}: not a {INDEX_VERSION} index; run `promptkd index` again")
     for line in lines[1:]:

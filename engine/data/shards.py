@@ -38,6 +38,7 @@ class ShardIndex(NamedTuple):
     sha256: str
     excluded: dict[int, str]  # position in shard -> reason
     largest_label: int  # -1: no sample has one
+    extra_images: int  # images that are not the first of their sample, and so not used
     complete: bool  # False: no end-of-archive mark, so the shard may have lost its tail
 
 
@@ -128,7 +129,7 @@ def _hidden(file: Path, root: Path) -> bool:
 
 
 def _spaced(folder: str) -> str:
-    return folder.replace("_", " ")
+    return " ".join(folder.replace("_", " ").split())
 
 
 def _key(number: int, path: Path) -> str:
@@ -142,7 +143,10 @@ def write_manifest(folder: Path, shards: Iterable[ShardIndex]) -> None:
         lines = [f"{INDEX_VERSION} {len(shard.rows)}"]
         for row in shard.rows:
             lines.append(" ".join(f"{_solid(s)} {o} {n} {_solid(name)}" for s, o, n, name in row))
-        _replace((folder / shard.name).with_suffix(".idx"), ("\n".join(lines) + "\n").encode())
+        _replace(
+            (folder / shard.name).with_suffix(".idx"),
+            ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"),
+        )
     table = pa.table(
         {
             "shard": [shard.name for shard in found],
@@ -173,7 +177,7 @@ def index_shard(path: Path) -> ShardIndex:
     """One pass over a shard: where its members lie, its hash, and which samples cannot be used."""
     rows: list[list[Member]] = []
     excluded: dict[int, str] = {}
-    key, largest_label, end = None, -1, 0
+    key, largest_label, extra_images, end = None, -1, 0, 0
     with open(path, "rb") as raw:
         stream = _Hashing(raw)
         try:
@@ -191,6 +195,8 @@ def index_shard(path: Path) -> ShardIndex:
                     rows[-1].append(Member(suffix, member.offset_data, member.size, member.name))
                     if is_image(suffix) and not has_image:
                         _judge(_body(tar, member), len(rows) - 1, excluded)
+                    elif is_image(suffix):
+                        extra_images += 1
                     elif suffix == "cls":
                         label = _label(_body(tar, member), f"{path}, {member.name}")
                         largest_label = max(largest_label, label)
@@ -209,6 +215,7 @@ def index_shard(path: Path) -> ShardIndex:
         stream.sha256.hexdigest(),
         excluded,
         largest_label,
+        extra_images,
         # tarfile takes a broken header for the end, in silence: the mark is to follow at once.
         _read_at(path, end) == _END_OF_TAR,
     )
@@ -227,7 +234,7 @@ def _body(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _label(data: bytes, where: str) -> int:
-    if not data.strip().isdigit():
+    if not data.strip().isdigit() or len(data) > 12:
         raise UserError(f"{where}: a label is to be a whole number, this is {data[:20]!r}")
     return int(data)
 

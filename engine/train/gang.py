@@ -31,7 +31,10 @@ def run_gang(task: Task) -> dict[str, Any]:
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
         ),
     )
-    return trainer.fit().return_value
+    try:
+        return trainer.fit().return_value
+    except SystemExit:  # what Ray Train makes of Ctrl-C
+        raise KeyboardInterrupt from None
 
 
 def _work(told: dict[str, Task]) -> dict[str, Any]:

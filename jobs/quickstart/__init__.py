@@ -5,6 +5,7 @@ What it does are the commands that it prints.
 """
 
 import json
+import shlex
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -91,5 +92,5 @@ def _make_corpora(domain: Path) -> None:
 
 def _promptkd(command: ModuleType, *args: object) -> None:
     words = [str(arg) for arg in args]
-    print(f"\n$ promptkd {command.__name__.rpartition('.')[2]} {' '.join(words)}", flush=True)
+    print(f"\n$ promptkd {command.__name__.rpartition('.')[2]} {shlex.join(words)}", flush=True)
     command.main(words)
