@@ -30,8 +30,7 @@ def parse(schema: type[T], args: Sequence[str], *, prog: str, from_files: bool =
     Ends the process with a message if it cannot (exit code 2), or after --help (exit code 0).
     Raises UserError for a file that cannot be read, and for values that do not fit together.
     """
-    files = list(_files(args, schema)) if from_files else []
-    words = [word for word in args if word not in files]
+    files, words = _split(args, schema) if from_files else ([], list(args))
     flags = [flag for file in files for flag in _file_flags(file, schema)]
     source = f"read from {', '.join(files)}, then the command line"
     try:
@@ -44,13 +43,17 @@ def parse(schema: type[T], args: Sequence[str], *, prog: str, from_files: bool =
         raise UserError(f"{error} ({source})" if files else str(error)) from None
 
 
-def _files(args: Sequence[str], schema: type) -> Iterator[str]:
-    """Words that name a config file, and are not the value of a flag."""
+def _split(args: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
+    """The config files among the words, which are no values of flags; and the other words."""
     switches = {"--" + name.replace("_", "-") for name, kind in _types(schema) if kind is bool}
+    files: list[str] = []
+    words: list[str] = []
     for before, word in zip(("", *args), args, strict=False):
-        takes_word = before.startswith("--") and before.replace("_", "-") not in switches
-        if word.endswith((".toml", ".json")) and not (takes_word and "=" not in before):
-            yield word
+        is_switch = before.replace("_", "-") in switches
+        is_value = before.startswith("--") and "=" not in before and not is_switch
+        is_file = word.endswith((".toml", ".json")) and not is_value
+        (files if is_file else words).append(word)
+    return files, words
 
 
 def _file_flags(file: str, schema: type) -> Iterator[str]:

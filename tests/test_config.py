@@ -170,6 +170,7 @@ def test_a_value_may_look_like_a_file_or_a_flag(toml):
     file = toml('name = "-x"\n')
     config = run_config("--classes.names", "names.json", file)
     assert config.classes.names == "names.json" and config.name == "-x"
+    assert run_config(file, "--classes.names", file).classes.names == file
     assert parse(Asked, ["--dry-run", file], prog="p", from_files=True).dry_run
 
 

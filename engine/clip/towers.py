@@ -149,11 +149,15 @@ def _tokenizer(model: str) -> Tokenizer:
     if not model.startswith(LOCAL):
         return open_clip.get_tokenizer(model)
     folder = Path(model.removeprefix(LOCAL))
-    text = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    kwargs = dict(text.get("tokenizer_kwargs", {}))
+    kwargs = dict(_local_config(model)["text_cfg"].get("tokenizer_kwargs", {}))
     if "bpe_path" in kwargs:  # relative to the folder, so that it can be moved
         kwargs["bpe_path"] = str(folder / kwargs["bpe_path"])
     return open_clip.get_tokenizer(model, **kwargs)
+
+
+def _local_config(model: str) -> dict[str, Any]:
+    config = Path(model.removeprefix(LOCAL)) / "open_clip_config.json"
+    return json.loads(config.read_text())["model_cfg"]
 
 
 class VisionShape(NamedTuple):
@@ -165,11 +169,8 @@ class VisionShape(NamedTuple):
 
 def vision_shape(model: str) -> VisionShape:
     """Of an open_clip architecture or a local-dir."""
-    if model.startswith(LOCAL):
-        config = Path(model.removeprefix(LOCAL)) / "open_clip_config.json"
-        vision = json.loads(config.read_text())["model_cfg"]["vision_cfg"]
-    else:
-        vision = open_clip.get_model_config(model)["vision_cfg"]
+    local = model.startswith(LOCAL)
+    vision = (_local_config(model) if local else open_clip.get_model_config(model))["vision_cfg"]
     size = vision["image_size"]
     return VisionShape(int(size[0] if isinstance(size, list) else size), int(vision["layers"]))
 
