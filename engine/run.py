@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import time
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from engine.labels.pool import start_pool
 from engine.preflight import check
 from engine.progress import Watch, say
 from engine.train import checkpoint
+from engine.train.evaluate import Score
 from engine.train.gang import run_gang
 from engine.train.ledger import Ledger
 from engine.train.schedule import effective_weight
@@ -130,7 +132,7 @@ def _ledger_so_far(config: RunConfig) -> dict[str, Any]:
 
 
 def _summary(name: str, told: dict[str, Any], wall_s: float) -> dict[str, Any]:
-    unknown = {"base": None, "novel": None, "hm": None, "agreement": None}
+    unknown = {field.name: None for field in fields(Score)}
     models = ("student_before", "student_after", "teacher")
     train_s, trained = told["train_s"], told["ledger"]["trained"]
     return {

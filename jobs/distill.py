@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> None:
 
 def table(summary: dict) -> str:
     """The scores of a run, in percent, and its speed."""
-    columns = ("base", "novel", "hm", "agreement")
+    columns = ("base", "novel", "hm", "all", "agreement")
     lines = [f"{'':<16}" + "".join(f"{column:>11}" for column in columns)]
     for row in ("student_before", "student_after", "teacher"):
         cells = (summary[row][column] for column in columns)

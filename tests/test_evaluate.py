@@ -3,6 +3,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import clip_folder, spoil
 
 from engine.clip.class_vectors import encode_classes
@@ -30,23 +32,47 @@ def test_tally_of_a_batch_by_hand():
         ]
     )
     labels = torch.tensor([0, 0, 3, 3, 4, -1])
-    assert tally(logits, labels, 2).tolist() == [1, 2, 2, 3, 0, 0]
+    assert tally(logits, labels, 2).tolist() == [1, 2, 2, 3, 0, 0, 0]
     teacher = logits.clone()
     teacher[:2] = -teacher[:2]  # other tops; over all classes
-    assert tally(logits, labels, 2, teacher).tolist() == [1, 2, 2, 3, 4, 6]
+    assert tally(logits, labels, 2, teacher).tolist() == [1, 2, 2, 3, 0, 4, 6]
 
 
 def test_tally_where_all_classes_are_base():
     logits = torch.eye(3)
-    assert tally(logits, torch.tensor([0, 1, 1]), 3).tolist() == [2, 3, 0, 0, 0, 0]
+    assert tally(logits, torch.tensor([0, 1, 1]), 3).tolist() == [2, 3, 0, 0, 2, 0, 0]
+
+
+@given(
+    classes=st.integers(1, 7),
+    seed=st.integers(0, 10_000),
+)
+def test_tally_is_what_numpy_counts_image_by_image(classes: int, seed: int):
+    random = np.random.default_rng(seed)
+    images, base = int(random.integers(1, 20)), -(-classes // 2)
+    logits = random.permuted(np.arange(images * classes)).reshape(images, classes)
+    teacher = random.permuted(np.arange(images * classes)).reshape(images, classes)
+    labels = random.integers(-1, classes, images)
+    counts = np.zeros(7, int)
+    for row, teachers, label in zip(logits, teacher, labels, strict=True):
+        own = (0, base) if label < base else (base, classes)
+        half = 0 if label < base else 2
+        if label >= 0:
+            counts[half] += own[0] + np.argmax(row[slice(*own)]) == label
+            counts[half + 1] += 1
+            counts[4] += np.argmax(row) == label
+        counts[5:] += np.argmax(row) == np.argmax(teachers), 1
+    tensors = (torch.from_numpy(logits).float(), torch.from_numpy(teacher).float())
+    found = tally(tensors[0], torch.from_numpy(labels), base, tensors[1])
+    assert found.tolist() == counts.tolist()
 
 
 def test_score_of_counts():
-    score = Score.of(torch.tensor([3, 4, 1, 4, 9, 10]))
-    assert (score.base, score.novel, score.agreement) == (75, 25, 90)
+    score = Score.of(torch.tensor([3, 4, 1, 4, 2, 9, 10]))
+    assert (score.base, score.novel, score.all, score.agreement) == (75, 25, 25, 90)
     assert score.hm == pytest.approx(2 / (1 / 75 + 1 / 25))
-    assert Score.of(torch.tensor([0, 4, 0, 4, 0, 0])) == Score(0, 0, 0, None)
-    assert Score.of(torch.tensor([1, 4, 0, 0, 0, 0])) == Score(25, None, None, None)
+    assert Score.of(torch.tensor([0, 4, 0, 4, 0, 0, 0])) == Score(0, 0, 0, 0, None)
+    assert Score.of(torch.tensor([1, 4, 0, 0, 1, 0, 0])) == Score(25, None, None, 25, None)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +113,7 @@ def test_scores_are_those_of_all_usable_images(folder, teacher, block_samples, b
     theirs = teacher.logits(pixels)
     assert tallies["colour"].tolist() == tally(colour(pixels), labels, 2, theirs).tolist()
     assert tallies["teacher"].tolist() == tally(theirs, labels, 2, theirs).tolist()
-    assert tallies["teacher"][4:].tolist() == [20, 20]
+    assert tallies["teacher"][5:].tolist() == [20, 20]
     assert (ledger.trained, ledger.skipped) == (20, {"format": 4})
 
 
@@ -105,7 +131,7 @@ def test_a_right_model_scores_all(folder):
 
     tallies, _ = run(folder, {"right": right}, None, 8, 3)
     score = Score.of(tallies["right"])
-    assert score == Score(base=100, novel=100, hm=100, agreement=None)
+    assert score == Score(base=100, novel=100, hm=100, all=100, agreement=None)
     assert set(tallies) == {"right"}
 
 

@@ -1,7 +1,8 @@
-"""Accuracy over base and novel classes, and agreement with the teacher.
+"""Accuracy over base, novel and all classes, and agreement with the teacher.
 
-Protocol (CoOp, CoCoOp, PromptKD): classes in label order, the first half (rounded up) is base, the
-rest novel; an image is classified among the classes of its own half. Letters: B images, N classes.
+Protocols of CoOp, CoCoOp and PromptKD. Base-to-novel: classes in label order, the first half
+(rounded up) is base, the rest novel; an image is classified among the classes of its own half.
+Cross-dataset, domain generalisation and few-shot: among all classes. Letters: B images, N classes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ Model = Callable[[Tensor], Tensor]  # uint8 images [B, 3, S, S] on the device ->
 def tally(
     logits_BN: Tensor, labels_B: Tensor, base: int, teacher_logits_BN: Tensor | None = None
 ) -> Tensor:
-    """Counts of a batch, int64 [6]: base right, base, novel right, novel, agreeing, compared.
+    """Counts of a batch, int64 [7]: base right, base, novel right, novel, right among all classes,
+    agreeing, compared.
 
     `labels_B` is -1 where an image has none; agreement is over all N classes.
     """
@@ -36,11 +38,13 @@ def tally(
     novel = logits_BN[:, base:]
     top_novel = novel.argmax(-1) + base if novel.shape[1] else torch.full_like(labels_B, -1)
     right_novel = (top_novel == labels_B) & is_novel
+    top = logits_BN.argmax(-1)
     counts = [right_base.sum(), is_base.sum(), right_novel.sum(), is_novel.sum()]
+    counts.append((top == labels_B).sum())
     if teacher_logits_BN is None:
         counts += [torch.zeros_like(counts[0])] * 2
     else:
-        agree = logits_BN.argmax(-1) == teacher_logits_BN.argmax(-1)
+        agree = top == teacher_logits_BN.argmax(-1)
         counts += [agree.sum(), torch.full_like(counts[0], len(agree))]
     return torch.stack(counts)
 
@@ -58,7 +62,7 @@ def evaluate(
     """tally() of every model, and of the teacher behind `source` if there is one (`teacher`), over
     the test view of some blocks of a corpus; and what became of the samples."""
     names = [*models, "teacher"] if source else [*models]
-    tallies = {name: torch.zeros(6, dtype=torch.int64) for name in names}
+    tallies = {name: torch.zeros(7, dtype=torch.int64) for name in names}
     ledger = Ledger()
     works = (
         Work("evaluation", number, TEST_VIEW, share, soon)
@@ -104,13 +108,20 @@ class Score:
     base: float | None
     novel: float | None
     hm: float | None
+    all: float | None
     agreement: float | None
 
     @classmethod
     def of(cls, counts: Tensor) -> "Score":
-        right_base, base, right_novel, novel, agreeing, compared = counts.tolist()
+        right_base, base, right_novel, novel, right, agreeing, compared = counts.tolist()
         in_base, in_novel = _percent(right_base, base), _percent(right_novel, novel)
-        return cls(in_base, in_novel, _harmonic(in_base, in_novel), _percent(agreeing, compared))
+        return cls(
+            in_base,
+            in_novel,
+            _harmonic(in_base, in_novel),
+            _percent(right, base + novel),
+            _percent(agreeing, compared),
+        )
 
 
 def _percent(part: int, whole: int) -> float | None:
