@@ -62,9 +62,9 @@ def test_class_vectors_are_stored(tmp_path, capsys):
     names.write_text("red circle\nblue star\n")
     assert promptkd("classes", names, tmp_path / "w.safetensors", "--model", TEACHER) == 0
     assert "2 class vectors of width" in capsys.readouterr().out
-    names.write_text("red circle\nred circle\n")
+    names.write_text("red circle\n\n")
     assert promptkd("classes", names, tmp_path / "w.safetensors", "--model", TEACHER) == 2
-    assert "line 2 repeats 'red circle'" in capsys.readouterr().err
+    assert "line 2 is empty" in capsys.readouterr().err
 
 
 def test_mistakes_end_in_a_line_that_names_them(images_folder, tmp_path, capsys):

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 from engine.config import UserError
+from engine.progress import say
 
 __all__ = ["base_count", "read_names"]
 
 
 def read_names(path: str, field: str = "classes.names") -> tuple[str, ...]:
-    """Class names, one a line. Raises UserError for a missing file, an empty or a repeated name."""
+    """Class names, one a line. Raises UserError for a missing file or an empty name.
+
+    A repeated name is told of, not refused: CoOp's names for ImageNet have two.
+    """
     if not path:
         raise UserError(f"{field} is not set: a text file with one class name a line")
     try:
@@ -20,7 +24,10 @@ def read_names(path: str, field: str = "classes.names") -> tuple[str, ...]:
         if not name:
             raise UserError(f"{field}: {path}, line {number} is empty")
         if name in seen:
-            raise UserError(f"{field}: {path}, line {number} repeats {name!r}")
+            say(
+                f"warning: {field}: {path}, line {number} repeats {name!r}: "
+                "nothing tells these classes apart"
+            )
         seen.add(name)
     if not names:
         raise UserError(f"{field}: {path} is empty")
