@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 COMMANDS = {
-    "shards": "pack a folder of images into WebDataset shards",
+    "shards": "pack images, or a data set of the paper, into WebDataset shards",
     "index": "index and check the shards of a folder",
     "classes": "store the class vectors of a teacher",
     "distill": "distil a teacher into a student over unlabeled images",
-    "evaluate": "base, novel and harmonic-mean accuracy of a bundle",
+    "evaluate": "accuracy of a bundle: base, novel, harmonic mean, all classes",
     "predict": "classify images with a bundle, without teacher or text tower",
     "submit": "run a distillation as a Ray job on a cluster",
     "quickstart": "the whole way on a generated domain, in minutes",

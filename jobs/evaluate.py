@@ -1,4 +1,4 @@
-"""Evaluates a bundle over labelled shards: base, novel and harmonic-mean accuracy."""
+"""Evaluates a bundle over labelled shards, by a protocol of the paper."""
 
 import sys
 from collections.abc import Sequence
@@ -7,18 +7,29 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from engine.config import Range, Section, UserError
+from engine.data.datasets import DATASETS, DatasetName
 from engine.parse import Positional, parse
 from jobs.cli import run
+from jobs.published import HEADLINE, Protocol, Row, table
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Section):
-    """Accuracy of a bundle over base and novel classes; each image among those of its own half."""
+    """Accuracy of a bundle: over base and novel classes, each image among those of its own half,
+    and over all classes.
+    """
 
     bundle: Positional[str]
     """bundle.safetensors of a run."""
     shards: Positional[str]
     """Folder or glob of labelled, indexed shards."""
+    protocol: Protocol = "base-to-novel"
+    """Which score counts: the harmonic mean of base and novel, or else that over all classes."""
+    dataset: DatasetName | None = None
+    """Data set of the shards: shows what the paper prints of it beside."""
+    classes: str = ""
+    """Text file of class names, some of the bundle's: the labels of the shards count in its order,
+    and predictions are among them alone. Empty: the bundle's own names."""
     model: str = ""
     """Backbone: open_clip architecture or local-dir:FOLDER. Empty: where the run had it."""
     weights: str = ""
@@ -34,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     import torch
 
     from engine.clip.bundle import Bundle
-    from engine.clip.names import base_count
+    from engine.clip.names import base_count, read_names
     from engine.data.corpus import Corpus
     from engine.data.decode import Decoder
     from engine.data.views import ViewPolicy
@@ -42,10 +53,13 @@ def main(args: Sequence[str]) -> None:
 
     corpus = Corpus.open(config.shards, config.batch, "shards")
     bundle = Bundle.load(Path(config.bundle))
-    if corpus.largest_label >= len(bundle.class_names):
+    if config.classes:
+        bundle = bundle.among(read_names(config.classes, "classes"), "classes")
+    classes = len(bundle.class_names)
+    if corpus.largest_label >= classes:
         raise UserError(
-            f"shards: {config.shards} has labels up to {corpus.largest_label}, the bundle has "
-            f"{len(bundle.class_names)} classes"
+            f"shards: {config.shards} has labels up to {corpus.largest_label}, "
+            f"{config.classes or 'the bundle'} has {classes} classes"
         )
     device = torch.device(config.device)
     predictor = bundle.predictor(config.device, "fp32", config.model, config.weights)
@@ -56,14 +70,21 @@ def main(args: Sequence[str]) -> None:
         corpus,
         range(len(corpus.blocks)),
         decoder,
-        base_count(len(bundle.class_names)),
+        base_count(classes),
         config.batch,
         device,
     )
     score = Score.of(tallies["student"])
-    for name in ("base", "novel", "hm"):
-        value = getattr(score, name)
-        print(f"{name:<6}" + ("     -" if value is None else f"{value:6.2f}"))
+    headline = HEADLINE[config.protocol]
+    value = getattr(score, headline)
+    print(f"{config.protocol}: {headline} " + ("-" if value is None else f"{value:.2f}"))
+    ours = Row(score.base, score.novel, score.hm, score.all)
+    print(table(ours, config.protocol, config.dataset))
+    if config.dataset:
+        _, base, _, novel, *_ = tallies["student"].tolist()
+        scored = {"test": base + novel, "test base": base, "test novel": novel}
+        for difference in DATASETS[config.dataset].differences({"classes": classes} | scored):
+            print(f"not as published: {difference}")
     for reason, count in ledger.skipped.items():
         print(f"skipped {count} ({reason})")
 

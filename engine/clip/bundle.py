@@ -5,8 +5,8 @@ without teacher and without text tower.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -67,6 +67,18 @@ class Bundle:
             raise UserError(f"{field}: {path}: no such file") from None
         except (SafetensorError, KeyError, TypeError, OSError, JSONDecodeError) as error:
             raise UserError(f"{field}: {path} is not a bundle ({error})") from None
+
+    def among(self, names: Sequence[str], field: str) -> "Bundle":
+        """The bundle over some of its classes, in the order of `names`.
+
+        Raises UserError, naming `field`, for the first name that is not one of its classes.
+        """
+        # Of classes with one name, ImageNet's "missile" twice, the first: their vectors are equal.
+        rows = {name: row for row, name in reversed([*enumerate(self.class_names)])}
+        if strange := [name for name in names if name not in rows]:
+            raise UserError(f"{field}: the bundle has no class {strange[0]!r}")
+        chosen = self.class_vectors[[rows[name] for name in names]]
+        return replace(self, class_vectors=chosen, class_names=tuple(names))
 
     def predictor(
         self, device: str, precision: str, model: str = "", weights: str = ""
