@@ -40,16 +40,13 @@ class ShardsConfig(Section):
     skip_invalid: bool = False
     """Leave out files that are not usable images, and count them, instead of stopping."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dataset and self.classes:
-            raise UserError("classes: a data set has its own class names; leave out one of the two")
-        if self.partial and not self.dataset:
-            raise UserError("partial: is only for a data set; name it with --dataset")
-
 
 def main(args: Sequence[str]) -> None:
     config = parse(ShardsConfig, args, prog="promptkd shards")
+    if config.dataset and config.classes:
+        raise UserError("classes: a data set has its own class names; leave out one of the two")
+    if config.partial and not config.dataset:
+        raise UserError("partial: is only for a data set; name it with --dataset")
     out = Path(config.out)
     if config.dataset:
         _pack_dataset(config, config.dataset, out)

@@ -100,3 +100,21 @@ def test_bundle_of_another_format_is_refused(made, tmp_path):
     dataclasses.replace(made[1], format=99).save(tmp_path / "b")
     with pytest.raises(UserError, match=r"has format 99, not 1"):
         Bundle.load(tmp_path / "b")
+
+
+def test_a_bundle_among_some_of_its_classes(made):
+    _, bundle = made
+    few = bundle.among(["ü", "b"], "classes")
+    assert few.class_names == ("ü", "b")
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    clip = load_clip(bundle.model, "", "student.")
+    whole, part = (one.attached(clip, CPU)(images) for one in (bundle, few))
+    torch.testing.assert_close(part, whole[:, [4, 1]])
+    with pytest.raises(UserError, match=r"^classes: the bundle has no class 'x'"):
+        bundle.among(["a", "x", "y"], "classes")
+
+
+def test_of_classes_with_one_name_the_first_counts(made):
+    twice = dataclasses.replace(made[1], class_names=("a", "b", "a", "d", "b"))
+    vectors = made[1].class_vectors
+    assert torch.equal(twice.among(["b", "a"], "classes").class_vectors, vectors[[1, 0]])

@@ -126,7 +126,7 @@ def _row(row: Any, where: str) -> tuple[str, int, str]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
