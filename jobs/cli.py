@@ -12,6 +12,7 @@ COMMANDS = {
     "distill": "distil a teacher into a student over unlabeled images",
     "evaluate": "base, novel and harmonic-mean accuracy of a bundle",
     "predict": "classify images with a bundle, without teacher or text tower",
+    "bundle": "add, rename or drop classes of a bundle",
     "submit": "run a distillation as a Ray job on a cluster",
     "quickstart": "the whole way on a generated domain, in minutes",
 }
