@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "base, novel and harmonic-mean accuracy of a bundle",
     "predict": "classify images with a bundle, without teacher or text tower",
     "bundle": "add, rename or drop classes of a bundle",
+    "export": "write a bundle for ONNX Runtime or open_clip",
     "submit": "run a distillation as a Ray job on a cluster",
     "quickstart": "the whole way on a generated domain, in minutes",
 }
