@@ -14,8 +14,8 @@ from jobs.cli import run
 class BundleConfig(Section):
     """Writes a bundle with other classes, without a teacher or any other model.
 
-    First classes are renamed, then added, then kept. The order of the classes decides which are
-    base and which novel for `promptkd evaluate`.
+    Classes are first renamed, then added, then kept. `promptkd evaluate` takes them in the order of
+    its labels, and their first half as base.
     """
 
     bundle: Positional[str]

@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> None:
 
     from engine.clip.bundle import Bundle
     from engine.data.decode import Decoder
-    from engine.data.images import decoded, find, samples
+    from engine.data.images import Decoded, decoded, find, samples
     from engine.data.views import ViewPolicy
     from engine.progress import say, track
 
@@ -66,8 +66,10 @@ def main(args: Sequence[str]) -> None:
     started, images, failed = time.perf_counter(), 0, 0
     with _opened(config.out) as out:
         write = _csv(out, top) if config.format == "csv" else _jsonl(out)
-        batches = decoded(chain([first], named), decoder, config.batch)
-        for names, images_BHWC, reasons in track(batches, "predicting"):
+        batches: Iterable[Decoded] = decoded(chain([first], named), decoder, config.batch)
+        if not out.isatty():  # a bar would run through the lines
+            batches = track(batches, "predicting")
+        for names, images_BHWC, reasons in batches:
             logits_BN = predictor(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2))
             best = logits_BN.softmax(-1).topk(top)
             for name, reason, probabilities, rows in zip(

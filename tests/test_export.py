@@ -177,10 +177,9 @@ def test_open_clip_alone_answers_as_the_bundle(bundle, images, tmp_path, capsys)
         export_open_clip(bundle, folder)
 
 
-def test_a_student_of_shallow_prompts(tmp_path, images):
+def test_a_student_of_shallow_prompts(tmp_path):
     bundle = make_bundle(clip_folder(tmp_path / "clip", seed=4), depth=1)
     assert max(export_open_clip(bundle, tmp_path / "student")) < 1e-5
-    check_open_clip(bundle, tmp_path / "student", *images, tmp_path)
 
 
 def test_an_architecture_with_a_checkpoint(tmp_path):
@@ -191,21 +190,12 @@ def test_an_architecture_with_a_checkpoint(tmp_path):
         save_file(open_clip.create_model(model).half().state_dict(), weights)
     bundle = make_bundle(model, str(weights))
     assert max(export_open_clip(bundle, tmp_path / "student")) < 1e-4
-    assert max(export_onnx(bundle, tmp_path / "student.onnx")) < 1e-4
-    assert (tmp_path / "student.onnx").stat().st_size < 1.05 * 4 * parameters(bundle)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
     files = [tmp_path / f"{i}.png" for i in range(2)]
     for file, picture in zip(files, pixels, strict=True):
         Image.fromarray(picture).save(file)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     check_open_clip(bundle, tmp_path / "student", files, images, tmp_path)
-
-
-def parameters(bundle: Bundle) -> int:
-    """Of the student, tower and all."""
-    predictor = bundle.predictor("cpu", "fp32")
-    modules = (predictor.student.tower, predictor.student)
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def test_an_export_that_is_wrong_is_not_left_behind(bundle, tmp_path, monkeypatch):

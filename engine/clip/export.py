@@ -7,7 +7,7 @@ then nothing lies at `out`. Weights are fp32. Letters: B images, N classes, D cl
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,7 @@ _TOKENIZER = (
     "*.model",
 )
 _CPU = torch.device("cpu")
+Answer = Callable[[Tensor], tuple[Tensor, Tensor]]  # uint8 images -> features, logits
 
 
 class Difference(NamedTuple):
@@ -153,20 +154,17 @@ def _beside(out: Path) -> Iterator[Path]:
 
 
 @torch.inference_mode()
-def _checked(predictor: Predictor, answer: Any, who: str) -> Difference:
-    """How far an answer, (features, logits) of uint8 images, is from the bundle's own."""
-    pairs: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
-    for count in (1, 3):
-        images = _images(count, predictor.pixels)
-        pairs.append((answer(images), (predictor.student(images), predictor(images))))
-    difference = Difference(*(_off((a[i], b[i]) for a, b in pairs) for i in range(2)))
-    if not max(difference) <= _TOLERANCE:
-        raise RuntimeError(f"{who} does not answer as the bundle does: off by {difference}")
-    return difference
-
-
-def _off(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    return max(float((ours - own).abs().max() / own.abs().max()) for ours, own in pairs)
+def _checked(predictor: Predictor, answer: Answer, who: str) -> Difference:
+    """How far the answers to a few images are from the bundle's own, in two batches."""
+    batches = [_images(count, predictor.pixels) for count in (1, 3)]
+    theirs = map(torch.cat, zip(*map(answer, batches), strict=True))
+    models = (predictor.student, predictor)
+    own = [torch.cat([model(batch) for batch in batches]) for model in models]
+    pairs = zip(theirs, own, strict=True)
+    off = Difference(*(float((a - b).abs().max() / b.abs().max()) for a, b in pairs))
+    if not all(part <= _TOLERANCE for part in off):  # nan is not
+        raise RuntimeError(f"{who} does not answer as the bundle does: off by {off}")
+    return off
 
 
 def _images(count: int, pixels: int) -> Tensor:
