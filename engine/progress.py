@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,8 +24,8 @@ def say(message: str) -> None:
     _console.print(message, markup=False, soft_wrap=True)
 
 
-def track(items: Sequence[T], what: str) -> Iterable[T]:
-    """The items, with a bar on a terminal."""
+def track(items: Iterable[T], what: str) -> Iterable[T]:
+    """The items, with a bar on a terminal; it pulses where their number is not known."""
     return rich_track(items, what, console=_console, disable=not sys.stderr.isatty())
 
 

@@ -12,6 +12,8 @@ COMMANDS = {
     "distill": "distil a teacher into a student over unlabeled images",
     "evaluate": "accuracy of a bundle: base, novel, harmonic mean, all classes",
     "predict": "classify images with a bundle, without teacher or text tower",
+    "bundle": "add, rename or drop classes of a bundle",
+    "export": "write a bundle for ONNX Runtime or open_clip",
     "submit": "run a distillation as a Ray job on a cluster",
     "quickstart": "the whole way on a generated domain, in minutes",
 }

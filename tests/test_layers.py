@@ -15,7 +15,13 @@ FLOORS = (
     ("jobs",),
 )
 PLACES = {
-    "open_clip": ("engine/clip/towers.py", "jobs/quickstart/pretrain.py"),
+    "open_clip": (
+        "engine/clip/towers.py",
+        "engine/clip/export.py",
+        "engine/clip/promptkd_student.py",
+        "jobs/quickstart/pretrain.py",
+    ),
+    "onnxruntime": ("engine/clip/export.py",),
     "deepspeed": ("engine/train/student.py",),
     "nvidia": ("engine/data/decode.py",),
     "webdataset": ("engine/data/shards.py",),

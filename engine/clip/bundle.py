@@ -5,8 +5,9 @@ without teacher and without text tower.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from engine.clip.class_vectors import ClassVectors
 from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, Clip, load_clip
 from engine.config import UserError
@@ -27,10 +30,14 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """A trained student without its frozen tower. `learned` is PromptedTower's state dict."""
+    """A trained student without its frozen tower. `learned` is PromptedTower's state dict.
+
+    Class vectors are rounded to fp16 here and now, so that a bundle answers the same whether it was
+    saved and loaded or not.
+    """
 
     learned: Mapping[str, Tensor]
-    class_vectors: Tensor  # [N, D] fp32
+    class_vectors: Tensor  # [N, D] fp16; w_ND is how they are used
     class_names: tuple[str, ...]
     model: str  # open_clip architecture or local-dir of the backbone
     weights: str  # its checkpoint, as the run had it
@@ -40,14 +47,63 @@ class Bundle:
     pixels: int
     format: int = _FORMAT
 
+    def __post_init__(self) -> None:
+        assert len(self.class_vectors) == len(self.class_names) == len(set(self.class_names))
+        object.__setattr__(self, "class_vectors", self.class_vectors.half())
+
+    @property
+    def w_ND(self) -> Tensor:
+        """Class vectors [N, D], fp32 unit rows."""
+        return F.normalize(self.class_vectors.float(), dim=-1)
+
+    def renamed(self, names: Mapping[str, str]) -> "Bundle":
+        """With other names for some classes, `names` being old to new; vectors stay. Raises
+        UserError for an old name it has not, and for a new one that is taken."""
+        if unknown := [name for name in names if name not in self.class_names]:
+            raise UserError(f"rename: the bundle has no class {unknown[0]!r}")
+        class_names = tuple(names.get(name, name) for name in self.class_names)
+        _require_unique(class_names, names.values(), "rename")
+        return replace(self, class_names=class_names)
+
+    def added(self, classes: ClassVectors) -> "Bundle":
+        """With more classes, after its own. Raises UserError for vectors of another teacher or
+        another width, and for a class that it has already."""
+        if classes.teacher != self.teacher:
+            raise UserError(
+                f"add: the bundle's class vectors are by teacher {self.teacher[:16]}, these by "
+                f"{classes.teacher[:16]}"
+            )
+        wide, width = classes.vectors.shape[1], self.class_vectors.shape[1]
+        if wide != width:
+            raise UserError(f"add: the bundle's class vectors have width {width}, these {wide}")
+        names = self.class_names + classes.names
+        _require_unique(names, classes.names, "add")
+        more = torch.from_numpy(classes.vectors).half()
+        vectors = torch.cat([self.class_vectors, more])
+        return replace(self, class_vectors=vectors, class_names=names)
+
+    def kept(self, names: Sequence[str], field: str) -> "Bundle":
+        """With these of its classes alone, in this order. Raises UserError, naming `field`, for an
+        unknown name."""
+        # Of classes with one name the first: ImageNet has a few, and their vectors are equal.
+        rows = {name: row for row, name in reversed([*enumerate(self.class_names)])}
+        if unknown := [name for name in names if name not in rows]:
+            raise UserError(f"{field}: the bundle has no class {unknown[0]!r}")
+        chosen = self.class_vectors[[rows[name] for name in names]]
+        return replace(self, class_vectors=chosen, class_names=tuple(names))
+
     def save(self, path: Path) -> None:
         """Writes atomically."""
-        about = asdict(self)
+        about = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in ("learned", "class_vectors")
+        }
         tensors = {f"learned.{k}": v.detach().cpu().contiguous() for k, v in self.learned.items()}
         tensors["class_vectors"] = self.class_vectors.cpu().contiguous()
-        del about["learned"], about["class_vectors"]
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".tmp")
-        save_file(tensors, partial, {"bundle": json.dumps(about)})
+        save_file(tensors, partial, {"bundle": json.dumps(about, ensure_ascii=False)})
         partial.replace(path)
 
     @classmethod
@@ -61,24 +117,17 @@ class Bundle:
             if about["format"] != _FORMAT:
                 raise UserError(f"{field}: {path} has format {about['format']}, not {_FORMAT}")
             learned = {key.removeprefix("learned."): tensor for key, tensor in tensors.items()}
-            about["class_names"] = tuple(about["class_names"])
+            names = about["class_names"] = tuple(about["class_names"])
+            if len(class_vectors) != len(names):
+                raise UserError(
+                    f"{field}: {path} is not a bundle: it has {len(class_vectors)} vectors for "
+                    f"{len(names)} names"
+                )
             return cls(learned=learned, class_vectors=class_vectors, **about)
         except FileNotFoundError:
             raise UserError(f"{field}: {path}: no such file") from None
         except (SafetensorError, KeyError, TypeError, OSError, JSONDecodeError) as error:
             raise UserError(f"{field}: {path} is not a bundle ({error})") from None
-
-    def among(self, names: Sequence[str], field: str) -> "Bundle":
-        """The bundle over some of its classes, in the order of `names`.
-
-        Raises UserError, naming `field`, for the first name that is not one of its classes.
-        """
-        # Of classes with one name, ImageNet's "missile" twice, the first: their vectors are equal.
-        rows = {name: row for row, name in reversed([*enumerate(self.class_names)])}
-        if strange := [name for name in names if name not in rows]:
-            raise UserError(f"{field}: the bundle has no class {strange[0]!r}")
-        chosen = self.class_vectors[[rows[name] for name in names]]
-        return replace(self, class_vectors=chosen, class_names=tuple(names))
 
     def predictor(
         self, device: str, precision: str, model: str = "", weights: str = ""
@@ -87,14 +136,20 @@ class Bundle:
         where the run had it. Raises UserError for a backbone that is not the one trained on."""
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: cuda is asked for, but there is no GPU")
+        clip = self.load_backbone(model, weights)
+        clip.image.to(device, DTYPES[precision])
+        return self.attached(clip, torch.device(device))
+
+    def load_backbone(self, model: str = "", weights: str = "") -> Clip:
+        """The frozen CLIP, from where the run had it or where `model` and `weights` say. Raises
+        UserError for one that is not the one trained on."""
         clip = load_clip(model or self.model, weights or ("" if model else self.weights), "")
         if clip.fingerprint != self.backbone:
             raise UserError(
                 f"weights: the bundle was trained on backbone {self.backbone[:16]}, "
                 f"{weights or model or self.weights or self.model} is {clip.fingerprint[:16]}"
             )
-        clip.image.to(device, DTYPES[precision])
-        return self.attached(clip, torch.device(device))
+        return clip
 
     def attached(self, clip: Clip, device: torch.device) -> "Predictor":
         """The student on top of a backbone that is loaded already."""
@@ -104,11 +159,19 @@ class Bundle:
             clip.image, prompts, depth, hidden, self.class_vectors.shape[1], seed=0
         )
         student.load_state_dict(dict(self.learned))
-        return Predictor(student.to(device).eval(), self.class_vectors.to(device), self.logit_scale)
+        return Predictor(student.to(device).eval(), self.w_ND.to(device), self.logit_scale)
+
+
+def _require_unique(names: Sequence[str], new: Iterable[str], field: str) -> None:
+    for name in new:
+        if (times := names.count(name)) > 1:
+            raise UserError(f"{field}: {times} classes would be called {name!r}")
 
 
 class Predictor(nn.Module):
     """The student and its class vectors."""
+
+    w_ND: Tensor
 
     def __init__(self, student: PromptedTower, w_ND: Tensor, scale: float) -> None:
         super().__init__()
@@ -122,5 +185,4 @@ class Predictor(nn.Module):
     @torch.inference_mode()
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits [B, N] fp32 of uint8 images in the test view."""
-        assert isinstance(self.w_ND, Tensor)
         return logits(self.student(images_BCHW.to(self.w_ND.device)), self.w_ND, self.scale)

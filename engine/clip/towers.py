@@ -67,7 +67,7 @@ class ImageTower(nn.Module):
         the prompts' outputs of layer i - 1 (PromptKD, section 3.3).
         """
         x = self.patch(images_BCHW.to(self.dtype)).flatten(2).transpose(1, 2)
-        batch = len(x)
+        batch = x.shape[0]  # len() would fix it where the model is exported
         x = torch.cat([self.class_embedding.expand(batch, 1, -1), x], dim=1)
         x = x + self.positional_embedding
         depth = 0 if prompts_KPC is None else len(prompts_KPC)
@@ -97,6 +97,7 @@ class Clip:
     """A loaded CLIP: its image tower, its text tower, and what belongs to them."""
 
     name: str
+    whole: Any  # open_clip's own model, both towers
     image: ImageTower
     encode_text: Callable[[Tensor], Tensor]  # token ids [N, context] -> features [N, D]
     tokenizer: Tokenizer
@@ -137,6 +138,7 @@ def _clip(built: Any, name: str) -> Clip:
         digest.update(tensor.float().contiguous().numpy())
     return Clip(
         name=name,
+        whole=built,
         image=ImageTower(visual, cfg["mean"], cfg["std"]),
         encode_text=built.encode_text,
         tokenizer=_tokenizer(name),

@@ -56,6 +56,7 @@ class Sample(NamedTuple):
     data: memoryview | None
     reason: str | None
     label: int | None
+    key: str = ""  # what the names of its members begin with
 
 
 def is_image(suffix: str) -> bool:
@@ -155,7 +156,9 @@ class Corpus:
                 label = _label(bytes(member), self.shards[shard])
             elif image is None and is_image(suffix):
                 image = member
-        return Sample(shard, position, image if reason is None else None, reason, label)
+        suffix, _, _, name = row[0]
+        key = name.removesuffix(f".{suffix}")
+        return Sample(shard, position, image if reason is None else None, reason, label, key)
 
 
 def _label(data: bytes, shard: str) -> int:
