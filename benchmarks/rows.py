@@ -8,7 +8,6 @@ import csv
 import json
 import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from engine.run_folder import PACKAGES, git
+
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = "date,git_sha,device,bench,case,provider,metric,unit,p20,p50,p80,n,config,versions".split(
     ","
 )
-PACKAGES = ("torch", "ray", "deepspeed", "nvidia-dali-cuda130", "open_clip_torch", "triton")
 
 
 class Bench:
@@ -28,10 +28,10 @@ class Bench:
 
     def __init__(self, name: str) -> None:
         self._file = RESULTS / f"{name}.csv"
+        sha, dirty = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain")
         self._common = {
             "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M"),
-            "git_sha": _git("rev-parse", "--short=12", "HEAD")
-            + ("+" if _git("status", "--porcelain") else ""),
+            "git_sha": f"{sha}{'+' if dirty else ''}",
             "device": device(),
             "bench": name,
             "versions": " ".join(f"{package}={version(package)}" for package in PACKAGES),
@@ -84,10 +84,3 @@ def device() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()} ({len(names)} cores)"
-
-
-def _git(*words: str) -> str:
-    found = subprocess.run(
-        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-    return found.stdout.strip()

@@ -96,10 +96,13 @@ class ClassesConfig(Section):
 
     names: str = path_field()
     """Text file, one class name a line, in label order; the first half (rounded up) is base."""
+    repeats: bool = False
+    """Take names that come twice, as some of ImageNet's do."""
     vectors: str = path_field()
     """Class vectors stored by `promptkd classes`. Empty: computed from the teacher at the start."""
     template: str = "a photo of a {}."
-    """Sentence around a class name."""
+    """Sentence around a class name; for a mean over several, imagenet-80, -60, -7, or a file of
+    them. Learned prompts bring their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,9 @@ class TeacherConfig(Section):
     """open_clip architecture (ViT-L-14-quickgelu), or local-dir:FOLDER."""
     weights: str = path_field()
     """Checkpoint file (.pt, .safetensors) or an open_clip tag. Not for local-dir."""
+    prompts: str = path_field()
+    """Prompts learned by `promptkd pretrain`, or a checkpoint of the reference's PromptSRC or MaPLe
+    (model.pth.tar-20). Empty: zero-shot."""
     precision: Precision = "auto"
     """auto: fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32."""
     actors: Annotated[int, Range(1, 100_000)] = 1
@@ -136,7 +142,7 @@ class StudentConfig(Section):
     """open_clip architecture (ViT-B-16-quickgelu), or local-dir:FOLDER."""
     weights: str = path_field()
     """Checkpoint file (.pt, .safetensors) or an open_clip tag. Not for local-dir."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Of the frozen tower; prompts and projector stay fp32. auto: bf16 on a GPU, else fp32."""
     prompts: Annotated[int, Range(1, 1024)] = 4
     """Visual prompts of a layer."""
@@ -187,17 +193,27 @@ class TrainConfig(Section):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum 0.9, or AdamW."""
     lr: Annotated[float, Range(0, above=True)] = 0.005
-    """Peak learning rate, at this batch."""
+    """Peak learning rate of a step of lr_batch images."""
+    lr_batch: Annotated[int, Range(0, 16_777_216)] = 8
+    """The learning rate grows in proportion to batch / lr_batch. 0: it stays as it is."""
+    schedule: Literal["steps", "epochs"] = "steps"
+    """steps: warm-up, then a cosine to zero; epochs: the paper's, stepped once a pass."""
     weight_decay: Annotated[float, Range(0)] = 5e-4
     """L2 (sgd) or decoupled (adamw) weight decay."""
     warmup_steps: Annotated[int, Range(0)] = 20
-    """Linear warm-up; then a cosine to zero."""
+    """Linear warm-up of schedule = steps."""
     temperature: Annotated[float, Range(0, above=True)] = 1.0
     """tau of the KL; both logit scales are divided by it."""
-    kd_weight: Annotated[float, Range(0, above=True)] = 1.0
-    """Factor of the KL after its reduction."""
-    reduction: Literal["batchmean", "paper"] = "batchmean"
+    kd_weight: Annotated[float, Range(0, above=True)] = 1000.0
+    """Factor of the KL after its reduction; the paper has 200 for Aircraft, Flowers and DTD."""
+    reduction: Literal["paper", "batchmean"] = "paper"
     """batchmean: sum over classes, mean over images; paper: that divided by N classes as well."""
+    selection: Literal["last", "paper"] = "last"
+    """Which weights are kept: the last, or those of the pass with the best base accuracy on
+    corpus.evaluation, as the paper does, which looks at the test labels."""
+    rollbacks: Annotated[int, Range(0, 100)] = 2
+    """Times a collapsed student goes back to its last good checkpoint, at half the learning rate;
+    after that the run stops."""
     checkpoint_steps: Annotated[int, Range(1)] = 500
     """Steps between checkpoints; one is always written at the end."""
     log_steps: Annotated[int, Range(1)] = 10
@@ -224,6 +240,8 @@ class RunConfig(Section):
 
     name: str
     """Name of the run; its folder is runs_dir/name."""
+    preset: Literal["fast", "paper", "paper-xd"] = "fast"
+    """Settings to start from: large steps (fast), the paper's, or its cross-dataset ones."""
     runs_dir: str = path_field("runs")
     """Where run folders are kept."""
     overwrite: bool = False
@@ -254,8 +272,6 @@ class RunConfig(Section):
                 f"train.batch ({self.train.batch}) must be a multiple of "
                 f"corpus.lanes ({self.corpus.lanes})"
             )
-        if "{}" not in self.classes.template:
-            raise UserError(f"classes.template must hold {{}}, got {self.classes.template!r}")
 
     @property
     def folder(self) -> Path:

@@ -24,14 +24,26 @@ T = TypeVar("T")
 Flat = Annotated[T, arg(name="")]  # a nested config whose own name does not show in its flags
 
 
-def parse(schema: type[T], args: Sequence[str], *, prog: str, from_files: bool = False) -> T:
+def parse(
+    schema: type[T],
+    args: Sequence[str],
+    *,
+    prog: str,
+    from_files: bool = False,
+    presets: Path | None = None,
+) -> T:
     """Fills `schema` from flags and, with `from_files`, from the TOML or JSON files among `args`.
+
+    `presets` is a folder of TOML files; the one that the last `preset` names is read before all
+    else. A preset without a file is what the schema's defaults are.
 
     Ends the process with a message if it cannot (exit code 2), or after --help (exit code 0).
     Raises UserError for a file that cannot be read, and for values that do not fit together.
     """
     files, words = _split(args, schema) if from_files else ([], list(args))
     flags = [flag for file in files for flag in _file_flags(file, schema)]
+    if presets and (preset := presets / f"{_preset([*flags, *words])}.toml").exists():
+        flags = [*_file_flags(str(preset), schema), *flags]
     source = f"read from {', '.join(files)}, then the command line"
     try:
         return tyro.cli(schema, args=flags + words, prog=prog, use_underscores=True)
@@ -54,6 +66,17 @@ def _split(args: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
         is_file = word.endswith((".toml", ".json")) and not is_value
         (files if is_file else words).append(word)
     return files, words
+
+
+def _preset(words: Sequence[str]) -> str:
+    """The name that the last --preset gives."""
+    named = ""
+    for before, word in zip(("", *words), words, strict=False):
+        if before == "--preset":
+            named = word
+        elif word.startswith("--preset="):
+            named = word.removeprefix("--preset=")
+    return named
 
 
 def _file_flags(file: str, schema: type) -> Iterator[str]:

@@ -4,22 +4,25 @@ from pathlib import Path
 
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.names import read_names
-from engine.clip.towers import check_weights, vision_shape
+from engine.clip.templates import read_templates
+from engine.clip.weights import check_weights, vision_shape
 from engine.config import RunConfig, UserError
 from engine.data.corpus import open_corpora
 from engine.progress import say
+from engine.run_folder import check_free
 
 __all__ = ["check"]
 
 
 def check(config: RunConfig) -> tuple[str, ...]:
     """Gives the class names, or raises UserError with the file and the field to mend."""
-    folder = config.folder
-    if folder.exists() and not config.overwrite:
-        raise UserError(f"name: {folder} exists already; choose another name, or pass --overwrite")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise UserError(f"name: {folder} is no run folder: --overwrite will not remove it")
-    names = read_names(config.classes.names)
+    check_free(config)
+    read_templates(config.classes.template)
+    if config.teacher.prompts and not Path(config.teacher.prompts).is_file():
+        raise UserError(f"teacher.prompts: {config.teacher.prompts}: no such file")
+    if config.train.selection == "paper" and not config.corpus.evaluation:
+        raise UserError("train.selection: paper wants corpus.evaluation, to choose a pass by")
+    names = read_names(config.classes.names, repeats=config.classes.repeats)
     if config.classes.vectors:
         stored = ClassVectors.load(Path(config.classes.vectors))
         if stored.names != names:

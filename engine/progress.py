@@ -95,12 +95,16 @@ class Watch:
             text = file.read()
         whole = text[: text.rfind("\n") + 1]
         records = [json.loads(line) for line in whole.splitlines()]
+        for record in records:
+            if record["kind"] == "notice":
+                say(record["text"])
         train = [record for record in records if record["kind"] == "train"]
         return (train[-1] if train else None), offset + len(whole.encode())
 
 
 def _told(record: dict[str, Any]) -> str:
+    right = "agreement" if "agreement" in record else "accuracy"
     return (
         f"pass {record['pass_'] + 1} · {record['images_per_second']:,.0f} img/s · "
-        f"loss {record['loss']:.3f} · agreement {100 * record['agreement']:.1f} %"
+        f"loss {record['loss']:.3f} · {right} {100 * record[right]:.1f} %"
     )

@@ -1,22 +1,18 @@
 """The driver of a run: check, start, place, watch, finish."""
 
-import json
-import platform
-import shutil
-import subprocess
 import time
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.train import TrainingFailedError, WorkerGroupError
 
-from engine import cluster
-from engine.clip.class_vectors import ClassVectors, encode_classes
-from engine.clip.towers import load_clip
-from engine.config import RunConfig, UserError, absolute, to_dict
+from engine import cluster, run_folder
+from engine.clip.class_vectors import ClassVectors, encode_classes, own_templates
+from engine.clip.templates import read_templates
+from engine.clip.towers import Clip, load_clip
+from engine.config import RunConfig, UserError, absolute
 from engine.data.corpus import open_corpora
 from engine.labels.pool import start_pool
 from engine.preflight import check
@@ -25,12 +21,10 @@ from engine.train import checkpoint
 from engine.train.evaluate import Score
 from engine.train.gang import run_gang
 from engine.train.ledger import Ledger
-from engine.train.schedule import effective_weight
+from engine.train.schedule import effective_weight, peak_rate
 from engine.train.worker import Task
 
 __all__ = ["distill"]
-
-_PACKAGES = ("torch", "open_clip_torch", "deepspeed", "ray", "nvidia-dali-cuda130", "numpy")
 
 
 def distill(config: RunConfig) -> dict[str, Any]:
@@ -47,37 +41,30 @@ def distill(config: RunConfig) -> dict[str, Any]:
         config = cluster.resolve(config)
         cluster.wait_for_room(config, grows=not ours)
         classes, zero_shot = _class_vectors(config, names)
-        folder = _new_folder(config)
+        folder = run_folder.create(config)
         classes.save(folder / "class_vectors.safetensors")
         streams = config.targets.source == "stream"
         teachers = start_pool(config, classes) if streams else []
-        say(f"effective weight of the KL: {effective_weight(config.train, len(names)):g}")
+        say(_recipe(config, len(names)))
         say(_placement(config))
         with Watch(folder / "metrics.jsonl"):
             told = run_gang(Task(config, classes, zero_shot, teachers))
     except TrainingFailedError as failure:
-        _write(config.folder / "ledger.json", _ledger_so_far(config))
+        run_folder.write(config.folder / "ledger.json", _ledger_so_far(config))
         raise _plain(failure) from failure
     finally:
         if ours:
             ray.shutdown()
+    if why := told.get("collapsed"):
+        run_folder.write(folder / "ledger.json", _ledger_so_far(config))
+        raise RuntimeError(
+            f"the student has collapsed, after {config.train.rollbacks} roll-backs: {why}. "
+            "A smaller train.lr, a longer train.warmup_steps or a smaller train.kd_weight may help"
+        )
     summary = _summary(config.name, told, time.perf_counter() - started)
-    _write(folder / "ledger.json", told["ledger"])
-    _write(folder / "summary.json", summary)
+    run_folder.write(folder / "ledger.json", told["ledger"])
+    run_folder.write(folder / "summary.json", summary)
     return summary
-
-
-def _new_folder(config: RunConfig) -> Path:
-    folder = config.folder
-    if config.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True)  # whoever makes it owns it
-    except FileExistsError:
-        raise UserError(f"name: {folder} has been taken by another run meanwhile") from None
-    about = {"versions": _versions(), "git_sha": _git_sha()}
-    _write(folder / "config.json", to_dict(config) | about)
-    return folder
 
 
 def _class_vectors(
@@ -85,21 +72,44 @@ def _class_vectors(
 ) -> tuple[ClassVectors, ClassVectors | None]:
     """The teacher's class vectors, stored or made now; and the student's own, for the zero-shot
     accuracy it starts from, where there is an evaluation."""
-    clip = load_clip(config.teacher.model, config.teacher.weights, "teacher.")
+    told = config.teacher
+    teacher = load_clip(told.model, told.weights, "teacher.", told.prompts)
+    student = load_clip(config.student.model, config.student.weights, "student.")
+    _require_like_scales(teacher, student)
+    templates = read_templates(config.classes.template)
     if config.classes.vectors:
         classes = ClassVectors.load(Path(config.classes.vectors))
-        if classes.teacher != clip.fingerprint:
+        if classes.teacher != teacher.fingerprint:
             raise UserError(
                 f"classes.vectors: {config.classes.vectors} was made by another teacher than "
-                f"teacher.model ({config.teacher.model} {config.teacher.weights})"
+                f"teacher.model ({told.model} {told.weights} {told.prompts})"
             )
     else:
         say(f"encoding {len(names)} class names with the teacher's text tower")
-        classes = encode_classes(clip, names, config.classes.template)
+        classes = encode_classes(teacher, names, own_templates(teacher, templates))
     if not config.corpus.evaluation:
         return classes, None
-    clip = load_clip(config.student.model, config.student.weights, "student.")
-    return classes, encode_classes(clip, names, classes.template)
+    return classes, encode_classes(student, names, templates)
+
+
+def _require_like_scales(teacher: Clip, student: Clip) -> None:
+    """The KL between logits of scale 100 and of scale 1 would teach temperature, not classes."""
+    low, high = sorted((teacher.logit_scale, student.logit_scale))
+    if high > 10 * low:
+        raise UserError(
+            f"student.weights: the logit scale of {student.name} is {student.logit_scale:.3g}, "
+            f"that of teacher.weights ({teacher.name}) {teacher.logit_scale:.3g}; these cannot be "
+            "distilled into each other. CLIP's is about 100: is one of them not trained?"
+        )
+
+
+def _recipe(config: RunConfig, classes: int) -> str:
+    train = config.train
+    return (
+        f"preset {config.preset}: {train.optimizer} at learning rate {peak_rate(train):g}, batch "
+        f"{train.batch}; effective weight of the KL {effective_weight(train, classes):g}; keeps "
+        + ("the last weights" if train.selection == "last" else "the best pass on the base test")
+    )
 
 
 def _placement(config: RunConfig) -> str:
@@ -146,24 +156,8 @@ def _summary(name: str, told: dict[str, Any], wall_s: float) -> dict[str, Any]:
         },
         **{model: told["scores"].get(model, unknown) for model in models},
         "evaluation": told["evaluation"],
+        "selection": told["selection"],
+        "rollbacks": told["rollbacks"],
         "train_s": train_s,
         "wall_s": wall_s,
     }
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES}
-
-
-def _git_sha() -> str | None:
-    """Of the source tree, where there is one."""
-    command = ["git", "rev-parse", "--verify", "HEAD"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

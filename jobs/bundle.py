@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> None:
     for file in config.add:
         bundle = bundle.added(ClassVectors.load(Path(file), "add"))
     if config.keep:
-        bundle = bundle.kept(read_names(config.keep, "keep"))
+        bundle = bundle.kept(read_names(config.keep, "keep", repeats=True), "keep")
     out = Path(config.out)
     bundle.save(out)
     print(f"{out}: {len(bundle.class_names)} classes, {out.stat().st_size / 1e6:.2f} MB")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import Section, UserError
+from engine.config import Section
 from engine.parse import Positional, parse
 from jobs.cli import run
 
@@ -22,24 +22,38 @@ class StoreConfig(Section):
     """open_clip architecture, or local-dir:FOLDER."""
     weights: str = ""
     """Checkpoint file or open_clip tag of the architecture."""
+    prompts: str = ""
+    """Learned prompts: a file of `promptkd pretrain`, or of the reference's PromptSRC or MaPLe."""
+    repeats: bool = False
+    """Take names that come twice, as some of ImageNet's do."""
     template: str = "a photo of a {}."
-    """Sentence around a class name."""
+    """Sentence around a class name; for a mean over several, imagenet-80, -60, -7, or a file of
+    them. Learned prompts bring their own."""
 
 
 def main(args: Sequence[str]) -> None:
     config = parse(StoreConfig, args, prog="promptkd classes")
-    from engine.clip.class_vectors import encode_classes
+    from engine.clip.class_vectors import ClassVectors, encode_classes, own_templates
     from engine.clip.names import read_names
+    from engine.clip.templates import read_templates
     from engine.clip.towers import load_clip
 
-    if "{}" not in config.template:
-        raise UserError(f"template must hold {{}}, got {config.template!r}")
-    names = read_names(config.names, "names")
-    clip = load_clip(config.model, config.weights, "")
-    classes = encode_classes(clip, names, config.template)
-    classes.save(Path(config.out))
+    out = Path(config.out)
+    names = read_names(config.names, "names", config.repeats)
+    templates = read_templates(config.template, "template")
+    known = ClassVectors.load(out, "out") if out.exists() else None
+    clip = load_clip(config.model, config.weights, "", config.prompts)
+    templates = own_templates(clip, templates)
+    classes = encode_classes(clip, names, templates, known, f"names: {config.names}")
+    classes.save(out)
+    same = known and (known.teacher, known.templates) == (classes.teacher, templates)
+    kept = len(set(names) & set(known.names)) if known and same else 0
+    sentences = repr(templates[0]) if len(templates) == 1 else f"{len(templates)} sentences"
     rows, width = classes.vectors.shape
-    print(f"{config.out}: {rows} class vectors of width {width}")
+    print(
+        f"{config.out}: {rows} class vectors of width {width} from {sentences} "
+        f"({rows - kept} computed, {kept} kept)"
+    )
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+PRESETS = Path(__file__).parent / "configs" / "presets"  # folders of TOML files, by command
 COMMANDS = {
     "shards": "pack images, or a data set of the paper, into WebDataset shards",
     "index": "index and check the shards of a folder",
+    "pretrain": "adapt a teacher from a few labelled images (stage I)",
     "classes": "store the class vectors of a teacher",
     "distill": "distil a teacher into a student over unlabeled images",
     "evaluate": "accuracy of a bundle: base, novel, harmonic mean, all classes",

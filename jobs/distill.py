@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from engine.config import RunConfig, Section, to_dict
 from engine.parse import Flat, parse
-from jobs.cli import run
+from jobs.cli import PRESETS, run
+from jobs.table import scores
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,13 @@ class DistillConfig(Section):
 
 
 def main(args: Sequence[str]) -> None:
-    asked = parse(DistillConfig, args, prog="promptkd distill", from_files=True)
+    asked = parse(
+        DistillConfig,
+        args,
+        prog="promptkd distill",
+        from_files=True,
+        presets=PRESETS / "distill",
+    )
     config = asked.run
     if asked.dry_run:
         print(json.dumps(to_dict(config), indent=2))
@@ -37,12 +44,7 @@ def main(args: Sequence[str]) -> None:
 
 def table(summary: dict) -> str:
     """The scores of a run, in percent, and its speed."""
-    columns = ("base", "novel", "hm", "all", "agreement")
-    lines = [f"{'':<16}" + "".join(f"{column:>11}" for column in columns)]
-    for row in ("student_before", "student_after", "teacher"):
-        cells = (summary[row][column] for column in columns)
-        text = "".join(f"{'-':>11}" if cell is None else f"{cell:>11.2f}" for cell in cells)
-        lines.append(f"{row.replace('_', ' '):<16}{text}")
+    lines = [scores(summary, ("student_before", "student_after", "teacher"))]
     wait = summary["wait_fraction"]
     lines.append(
         f"{summary['samples']:,.0f} images in {summary['steps']:,.0f} steps, "

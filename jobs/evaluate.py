@@ -54,7 +54,7 @@ def main(args: Sequence[str]) -> None:
     corpus = Corpus.open(config.shards, config.batch, "shards")
     bundle = Bundle.load(Path(config.bundle))
     if config.classes:
-        bundle = bundle.kept(read_names(config.classes, "classes"), "classes")
+        bundle = bundle.kept(read_names(config.classes, "classes", repeats=True), "classes")
     classes = len(bundle.class_names)
     if corpus.largest_label >= classes:
         raise UserError(

@@ -6,6 +6,7 @@ import torch
 
 from engine.train import checkpoint
 from engine.train.checkpoint import Checkpoint
+from engine.train.health import Health
 from engine.train.ledger import Ledger
 
 
@@ -15,6 +16,7 @@ def state(step: int) -> Checkpoint:
         step=step,
         train_s=1.5 * step,
         ledger=Ledger(10 * step, {"format": 1}),
+        health=Health(agreement=0.5, best=0.5, records=step),
         student={"prompts": torch.randn(2, 3), "norm.count": torch.tensor(step)},
         optimizer={"prompts/exp_avg": torch.randn(2, 3), "prompts/step": torch.tensor(1.0 * step)},
     )

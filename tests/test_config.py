@@ -5,15 +5,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from engine.config import RunConfig, Section, UserError, absolute, to_dict
+from engine.config_pretrain import PretrainConfig
 from engine.parse import Flat, parse
-from jobs.cli import COMMANDS, main
+from jobs.cli import COMMANDS, PRESETS, main
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "jobs" / "configs").glob("**/*.toml"))
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.toml"))
+SCHEMAS = {"distill": RunConfig, "pretrain": PretrainConfig}
 GOOD = 'name = "a"\noverwrite = true\n[train]\nlr = 0.25\npasses = 3\n[student]\nworkers = 2\n'
 
 
@@ -137,7 +140,6 @@ WRONG_RUN = {  # on the run itself: cross-field and top-level errors
     'device = "tpu"': "--device",
     "[train]\nbatch = 6": "train.batch (6) must be a multiple of corpus.lanes (4)",
     "[student]\nworkers = 3": "corpus.lanes (4) must be a multiple of student.workers (3)",
-    '[classes]\ntemplate = "a photo"': "classes.template must hold {}",
 }
 
 
@@ -248,10 +250,80 @@ def test_our_own_configs_are_found():
     assert CONFIGS
 
 
+@pytest.mark.parametrize(("command", "schema"), SCHEMAS.items(), ids=SCHEMAS)
+def test_every_preset_has_a_file_or_is_the_defaults(command: str, schema: type):
+    names = get_args(get_type_hints(schema)["preset"])
+    files = sorted(file.stem for file in (PRESETS / command).iterdir())
+    assert sorted(names[1:]) == files  # the first is what the fields' defaults are
+    told = {}
+    for name in names:
+        config = parse(
+            schema,
+            ["--name", "a", "--preset", name],
+            prog="p",
+            from_files=True,
+            presets=PRESETS / command,
+        )
+        assert config.preset == name
+        told[name] = json.dumps(to_dict(config) | {"preset": ""})
+    assert len(set(told.values())) == len(names)
+
+
+def preset(*words: str) -> RunConfig:
+    where = PRESETS / "distill"
+    return parse(RunConfig, ["--name", "a", *words], prog="p", from_files=True, presets=where)
+
+
+def test_a_preset_lies_under_the_file_and_the_command_line(toml):
+    file = toml('preset = "paper"\n[train]\nlr = 0.25\n')
+    config = preset(file, "--train.passes", "7")
+    assert (config.train.batch, config.train.lr, config.train.passes) == (8, 0.25, 7)
+    assert preset(file, "--preset=fast").train.batch == 256
+    assert preset("--preset", "paper-xd").student.depth == 3
+
+
+def test_the_papers_preset_is_the_papers_recipe():
+    """Table 1.5 of the recipe: batch 8, SGD 0.005, stepped by epoch, 20 epochs, weight 1000."""
+    config = preset("--preset", "paper")
+    train, student = config.train, config.student
+    assert (train.passes, config.views, train.batch, train.lr, train.lr_batch) == (
+        20,
+        20,
+        8,
+        0.005,
+        8,
+    )
+    assert (train.optimizer, train.weight_decay, train.schedule) == ("sgd", 5e-4, "epochs")
+    assert (train.kd_weight, train.reduction, train.temperature) == (1000, "paper", 1)
+    assert (train.crop_scale, train.selection) == (0.08, "paper")
+    assert (student.prompts, student.depth, student.projector_width) == (4, 9, 0)
+
+
+def test_the_presets_of_stage_one_are_the_references():
+    def told(name: str) -> PretrainConfig:
+        words = ["--name", "a", "--preset", name]
+        where = PRESETS / "pretrain"
+        return parse(PretrainConfig, words, prog="p", from_files=True, presets=where)
+
+    src = told("promptsrc")
+    assert (src.prompts.text, src.prompts.vision, src.prompts.depth) == (4, 4, 9)
+    assert (src.train.passes, src.train.batch, src.train.lr) == (20, 8, 0.005)
+    assert (src.train.text_weight, src.train.image_weight) == (25, 10)
+    assert (src.train.average_mean, src.train.average_std) == (15, 1)
+    assert (src.corpus.shots, src.corpus.classes) == (16, "base")
+    xd, maple = told("promptsrc-xd"), told("maple")
+    assert (xd.prompts.depth, xd.train.average_mean, xd.train.average_std) == (3, 6, 10)
+    assert xd.corpus.classes == "all"
+    assert (maple.prompts.method, maple.prompts.text, maple.prompts.vision) == ("maple", 2, 2)
+    assert (maple.train.passes, maple.train.batch, maple.train.lr) == (5, 4, 0.0035)
+
+
 HEAVY = {"torch", "torchvision", "ray", "open_clip", "deepspeed", "nvidia", "triton", "pyarrow"}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["distill", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["distill", "--help"], ["pretrain", "--help"]], ids=" ".join
+)
 def test_help_is_quick(words: list[str]):
     """It exits with 0, tells of its options, and imports nothing that takes seconds."""
     code = (

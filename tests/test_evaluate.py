@@ -87,7 +87,7 @@ def folder(tmp_path_factory, corpus_folder, index):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     clip = load_clip(clip_folder(tmp_path_factory.mktemp("clip")), "", "teacher.")
-    return Teacher(clip, encode_classes(clip, ("ant", "bee", "cow"), "{}"), "fp32", CPU, 64)
+    return Teacher(clip, encode_classes(clip, ("ant", "bee", "cow"), ("{}",)), "fp32", CPU, 64)
 
 
 def colour(images: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,9 @@ FLOORS = (
 PLACES = {
     "open_clip": (
         "engine/clip/towers.py",
+        "engine/clip/text.py",
+        "engine/clip/weights.py",
+        "engine/clip/templates.py",
         "engine/clip/export.py",
         "engine/clip/promptkd_student.py",
         "jobs/quickstart/pretrain.py",

@@ -54,7 +54,7 @@ def config(tmp_path_factory, corpus_folder):
 @pytest.fixture(scope="module")
 def classes(config):
     clip = load_clip(config.teacher.model, "", "teacher.")
-    return encode_classes(clip, tuple(f"class {n}" for n in range(12)), "{}")
+    return encode_classes(clip, tuple(f"class {n}" for n in range(12)), ("{}",))
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def test_class_vectors_of_another_teacher_are_refused(domain, local_ray, tmp_pat
 
     other = load_clip(f"local-dir:{HERE / 'models' / 'student'}", "", "teacher.")
     vectors = tmp_path / "w.safetensors"
-    encode_classes(other, CLASSES, "a {}").save(vectors)
+    encode_classes(other, CLASSES, ("a {}",)).save(vectors)
     with pytest.raises(UserError, match=r"classes\.vectors: .*w\.safetensors was made by another"):
         distill(config_of(domain, tmp_path, "other", "--classes.vectors", str(vectors)))
     assert not (tmp_path / "other").exists()

@@ -3,11 +3,23 @@ import math
 import pytest
 
 from engine.config import TrainConfig
-from engine.train.schedule import effective_weight, learning_rate
+from engine.train.schedule import (
+    effective_weight,
+    gaussian_weights,
+    learning_rate,
+    peak_rate,
+)
+
+# The reference's learning rate in each of its 20 epochs (its own scheduler, run: notes of the
+# paper's recipe): a warm-up epoch, then 0.0025 (1 + cos(pi (e - 1) / 20)).
+PAPER_LAST_RATE = 1.224e-4
+# Weights of epochs 12 to 18 in PromptSRC's average for base-to-novel (mean 15, std 1).
+PAPER_GAUSSIAN = {12: 0.0044, 13: 0.054, 14: 0.242, 15: 0.399, 16: 0.242, 17: 0.054, 18: 0.0044}
 
 
 def rates(total: int, **config) -> list[float]:
-    return [learning_rate(step, total, TrainConfig(**config)) for step in range(total)]
+    train = TrainConfig(**{"lr_batch": 0, **config})
+    return [learning_rate(step, total, train) for step in range(total)]
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():
@@ -34,8 +46,34 @@ def test_a_run_shorter_than_its_warm_up_still_moves(total):
     assert got == sorted(got) and all(0 < rate < 1 for rate in got)
 
 
+def test_the_rates_of_the_papers_epochs():
+    """7 steps an epoch, at the paper's batch: its 20 rates, each for a whole epoch."""
+    got = rates(140, schedule="epochs", passes=20, lr=0.005, batch=8, lr_batch=8)
+    assert all(got[7 * epoch : 7 * epoch + 7] == [got[7 * epoch]] * 7 for epoch in range(20))
+    epochs = got[::7]
+    assert epochs[0] == 1e-5 and epochs[1] == 0.005
+    wanted = [0.0025 * (1 + math.cos(math.pi * (epoch - 1) / 20)) for epoch in range(1, 20)]
+    assert epochs[1:] == pytest.approx(wanted)
+    assert epochs[-1] == pytest.approx(PAPER_LAST_RATE, rel=1e-3)
+
+
+def test_the_rate_grows_with_the_batch():
+    """What the paper's author gives for batches of 128 and 256."""
+    assert peak_rate(TrainConfig(lr=0.005, lr_batch=8, batch=8)) == 0.005
+    assert peak_rate(TrainConfig(lr=0.005, lr_batch=8, batch=128)) == pytest.approx(0.08)
+    assert peak_rate(TrainConfig(lr=0.005, lr_batch=8, batch=256)) == pytest.approx(0.16)
+    assert peak_rate(TrainConfig(lr=0.3, lr_batch=0, batch=256)) == 0.3
+
+
+def test_gaussian_weights_are_the_papers():
+    weights = gaussian_weights(20, mean=15, std=1)
+    assert sum(weights) == pytest.approx(1) and len(weights) == 20
+    for epoch, wanted in PAPER_GAUSSIAN.items():
+        assert weights[epoch - 1] == pytest.approx(wanted, rel=0.01)
+
+
 def test_effective_weight_of_the_two_reductions():
-    assert effective_weight(TrainConfig(kd_weight=3), 10) == 3
+    assert effective_weight(TrainConfig(kd_weight=3, reduction="batchmean"), 10) == 3
     # The paper's numbers: 1000 on ImageNet and on EuroSAT.
     paper = TrainConfig(kd_weight=1000, reduction="paper")
     assert effective_weight(paper, 1000) == 1

@@ -39,7 +39,7 @@ def corpus(tmp_path_factory, corpus_folder, index):
 
 @pytest.fixture(params=[FEW, MANY], ids=["logits", "features"])
 def teacher(request, clip):
-    return Teacher(clip, encode_classes(clip, request.param, "a {}."), "fp32", CPU, batch=3)
+    return Teacher(clip, encode_classes(clip, request.param, ("a {}.",)), "fp32", CPU, batch=3)
 
 
 def pixels(corpus, block, view):
@@ -95,17 +95,17 @@ def test_inline_source_is_the_teacher_on_the_batch(teacher, corpus):
 
 def test_class_vectors_of_another_teacher_are_refused(clip, tmp_path):
     other = load_clip(clip_folder(tmp_path, seed=1), "", "teacher.")
-    classes = encode_classes(other, FEW, "a {}.")
+    classes = encode_classes(other, FEW, ("a {}.",))
     with pytest.raises(UserError, match=r"^classes\.vectors: they were made by another teacher"):
         Teacher(clip, classes, "fp32", CPU, batch=3)
 
 
 def test_fingerprint_tells_labellings_apart(clip):
-    classes = encode_classes(clip, FEW, "a {}.")
+    classes = encode_classes(clip, FEW, ("a {}.",))
     alike = fingerprint(classes, ViewPolicy(3, 16), "fp32")
-    assert alike == fingerprint(encode_classes(clip, FEW, "a {}."), POLICY, "fp32")
+    assert alike == fingerprint(encode_classes(clip, FEW, ("a {}.",)), POLICY, "fp32")
     others = {
-        fingerprint(encode_classes(clip, FEW, "the {}."), POLICY, "fp32"),
+        fingerprint(encode_classes(clip, FEW, ("the {}.",)), POLICY, "fp32"),
         fingerprint(dataclasses.replace(classes, teacher="another"), POLICY, "fp32"),
         fingerprint(classes, ViewPolicy(4, 16), "fp32"),
         fingerprint(classes, ViewPolicy(3, 17), "fp32"),

@@ -39,13 +39,22 @@ def config_of(model: str, corpus: str, runs: str) -> RunConfig:
         teacher=TeacherConfig(model=model, precision="fp32", gpus=0),
         student=StudentConfig(model=model, precision="fp32", gpus=0, depth=2, workers=2),
         targets=TargetsConfig(source="inline"),
-        train=TrainConfig(passes=3, batch=8, lr=0.1, checkpoint_steps=4, log_steps=2),
+        train=TrainConfig(
+            passes=3,
+            batch=8,
+            lr=0.1,
+            lr_batch=0,
+            reduction="batchmean",
+            kd_weight=1.0,
+            checkpoint_steps=4,
+            log_steps=2,
+        ),
     )
 
 
 def run(rank: int, world: int, model: str, corpus: str, runs: str) -> dict:
     config = config_of(model, corpus, runs)
-    classes = encode_classes(load_clip(model, "", "teacher."), NAMES, "{}")
+    classes = encode_classes(load_clip(model, "", "teacher."), NAMES, ("{}",))
     return work(Task(config, classes, classes, ()), torch.device("cpu"))
 
 

@@ -23,7 +23,7 @@ MODEL = {
         "patch_size": 8,
     },
     "text_cfg": {
-        "context_length": 16,
+        "context_length": 32,
         "vocab_size": 514,
         "width": 8,
         "heads": 2,

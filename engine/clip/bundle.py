@@ -5,8 +5,7 @@ without teacher and without text tower.
 """
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from json import JSONDecodeError
 from pathlib import Path
@@ -48,7 +47,7 @@ class Bundle:
     format: int = _FORMAT
 
     def __post_init__(self) -> None:
-        assert len(self.class_vectors) == len(self.class_names) == len(set(self.class_names))
+        assert len(self.class_vectors) == len(self.class_names)
         object.__setattr__(self, "class_vectors", self.class_vectors.half())
 
     @property

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
+from torch.nn import functional as F
 
 from engine.clip.towers import Clip
 from engine.config import UserError
 
-__all__ = ["ClassVectors", "encode_classes"]
+__all__ = ["CHUNK", "ClassVectors", "encode_classes", "own_templates", "text_features", "tokenized"]
+
+CHUNK = 256  # sentences of one forward of the text tower
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class ClassVectors:
 
     names: tuple[str, ...]
     vectors: np.ndarray
-    template: str
+    templates: tuple[str, ...]  # the sentences whose features a row is the mean of
     teacher: str  # fingerprint of the CLIP that made them
     logit_scale: float  # of that CLIP
 
@@ -34,7 +39,7 @@ class ClassVectors:
         """Writes atomically."""
         about = {
             "names": list(self.names),
-            "template": self.template,
+            "templates": list(self.templates),
             "teacher": self.teacher,
             "logit_scale": self.logit_scale,
         }
@@ -50,7 +55,8 @@ class ClassVectors:
             with safe_open(path, "np") as file:
                 about = json.loads((file.metadata() or {})["class_vectors"])
                 vectors = file.get_tensor("vectors")
-            stored = cls(vectors=vectors, **(about | {"names": tuple(about["names"])}))
+            about |= {key: tuple(about[key]) for key in ("names", "templates")}
+            stored = cls(vectors=vectors, **about)
         except FileNotFoundError:
             raise UserError(f"{field}: {path}: no such file") from None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -64,12 +70,59 @@ class ClassVectors:
 
 @torch.inference_mode()
 def encode_classes(
-    clip: Clip, names: tuple[str, ...], template: str, chunk: int = 256
+    clip: Clip,
+    names: tuple[str, ...],
+    templates: tuple[str, ...],
+    known: ClassVectors | None = None,
+    field: str = "classes.names",
 ) -> ClassVectors:
-    """The class vectors of `names`, one sentence each, by the text tower of `clip`."""
-    rows = []
-    for start in range(0, len(names), chunk):
-        sentences = [template.replace("{}", name) for name in names[start : start + chunk]]
-        rows.append(clip.encode_text(clip.tokenizer(sentences)).float())
-    vectors = torch.nn.functional.normalize(torch.cat(rows), dim=-1).numpy()
-    return ClassVectors(names, vectors, template, clip.fingerprint, clip.logit_scale)
+    """The class vectors of `names`, by the text tower of `clip` and the prompts it has learned.
+
+    A row is the mean of the unit features of a class in all templates, made a unit again (CLIP,
+    section 3.1.4). Rows of `known` are kept where they were made by the same teacher from the same
+    sentences. Raises UserError, naming `field`, for a class name too long for the text tower.
+    """
+    kept: dict[str, np.ndarray] = {}
+    if known and (known.teacher, known.templates) == (clip.fingerprint, templates):
+        kept = dict(zip(known.names, known.vectors, strict=True))
+    new = tuple(name for name in names if name not in kept)
+    if new:
+        features = sum(
+            F.normalize(text_features(clip, new, template, field), dim=-1) for template in templates
+        )
+        assert isinstance(features, Tensor)
+        kept |= zip(new, F.normalize(features, dim=-1).cpu().numpy(), strict=True)
+    vectors = np.stack([kept[name] for name in names])
+    return ClassVectors(names, vectors, templates, clip.fingerprint, clip.logit_scale)
+
+
+def own_templates(clip: Clip, templates: tuple[str, ...]) -> tuple[str, ...]:
+    """The sentences for a CLIP: `templates`, unless its learned prompts bring their own."""
+    return (clip.prompts.template,) if clip.prompts else templates
+
+
+def text_features(clip: Clip, names: Sequence[str], template: str, field: str) -> Tensor:
+    """Text features [N, D] fp32, not normalised, of a sentence around each class name; computed
+    where the text tower lies."""
+    device = clip.text.positional_embedding.device
+    prompts = clip.prompts.text_KPC.to(device) if clip.prompts else None
+    tokens = tokenized(clip, names, template, field).to(device)
+    return torch.cat([clip.text(part, prompts).float() for part in tokens.split(CHUNK)])
+
+
+def tokenized(clip: Clip, names: Sequence[str], template: str, field: str) -> Tensor:
+    """Token ids [N, L] of a sentence around each class name; `_` reads as a blank.
+
+    Raises UserError for a sentence that is cut off at the tower's context length.
+    """
+    length = clip.text.context_length
+    sentences = [template.replace("{}", name.replace("_", " ")) for name in names]
+    tokens = clip.tokenizer(sentences)
+    whole = clip.tokenizer(sentences, context_length=8 * length)
+    if (cut := (whole[:, :length] != tokens).any(dim=1)).any():
+        name = names[int(cut.int().argmax())]
+        raise UserError(
+            f"{field}: {name!r} is too long: {template!r} around it takes more than the "
+            f"{length} tokens of {clip.name}'s text tower"
+        )
+    return tokens

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 from engine.config import UserError
-from engine.progress import say
 
 __all__ = ["base_count", "read_names"]
 
 
-def read_names(path: str, field: str = "classes.names") -> tuple[str, ...]:
-    """Class names, one a line. Raises UserError for a missing file or an empty name.
-
-    A repeated name is told of, not refused: CoOp's names for ImageNet have two.
-    """
+def read_names(path: str, field: str = "classes.names", repeats: bool = False) -> tuple[str, ...]:
+    """Class names, one a line. Raises UserError for a missing file, an empty name, and, unless
+    `repeats`, a name that comes twice."""
     if not path:
         raise UserError(f"{field} is not set: a text file with one class name a line")
     try:
@@ -23,10 +20,10 @@ def read_names(path: str, field: str = "classes.names") -> tuple[str, ...]:
     for number, name in enumerate(names, 1):
         if not name:
             raise UserError(f"{field}: {path}, line {number} is empty")
-        if name in seen:
-            say(
-                f"warning: {field}: {path}, line {number} repeats {name!r}: "
-                "nothing tells these classes apart"
+        if name in seen and not repeats:
+            raise UserError(
+                f"{field}: {path}, line {number} repeats {name!r}: nothing would tell these "
+                "classes apart. ImageNet has such names; --classes.repeats lets them be"
             )
         seen.add(name)
     if not names:

@@ -45,9 +45,10 @@ class GlobalBatchNorm(nn.Module):
             var = _summed((weight * (x_BC - mean).square()).sum(0)) / count
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
-                rate = self.momentum * (images > 0)  # a step of skipped images teaches nothing
-                self.running_mean.lerp_(mean, rate)
-                self.running_var.lerp_(unbiased, rate)
+                # A step of skipped images teaches nothing, nor one that overflowed.
+                learns = (images > 0) & torch.isfinite(mean + unbiased).all()
+                for running, seen in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    running.copy_(torch.where(learns, running.lerp(seen, self.momentum), running))
         return (x_BC - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 
@@ -84,6 +85,36 @@ class Projector(nn.Module):
         return self.second(F.relu(self.norm(self.first(x_BC), valid_B)))
 
 
+class _ScaledUp(torch.autograd.Function):
+    """Identity, whose gradient is scaled so that its largest entry is about 1: then nothing in an
+    fp16 tower below underflows. It is the loss scale of fp16 training, chosen anew in each step,
+    which a frozen tower allows, since backward through it is linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: list[Tensor]) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        largest = gradients[0].abs().amax().clamp(min=2.0**-100)
+        ctx.factor.append(torch.exp2(-largest.log2().floor()))
+        return gradients[0] * ctx.factor[0], None
+
+
+class _ScaledDown(torch.autograd.Function):
+    """Identity, whose gradient is divided by the factor that _ScaledUp chose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: list[Tensor]) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / ctx.factor[0], None
+
+
 class PromptedTower(nn.Module):
     """The student: a frozen image tower with trained prompts in its first layers, and a projector.
 
@@ -110,5 +141,11 @@ class PromptedTower(nn.Module):
 
     def forward(self, images_BCHW: Tensor, valid_B: Tensor | None = None) -> Tensor:
         """Unit features [B, D] fp32 of uint8 images."""
-        features = self.tower(images_BCHW, self.prompts)
+        prompts: Tensor = self.prompts
+        if self.tower.dtype == torch.float16 and torch.is_grad_enabled():
+            factor: list[Tensor] = []
+            features = self.tower(images_BCHW, _ScaledDown.apply(prompts, factor))
+            features = _ScaledUp.apply(features.float(), factor)
+        else:
+            features = self.tower(images_BCHW, prompts)
         return F.normalize(self.projector(features.float(), valid_B), dim=-1)

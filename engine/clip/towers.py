@@ -4,32 +4,25 @@ Letters: B images, L tokens, P prompts, C tower width, D embedding width.
 """
 
 import hashlib
-import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from engine.clip.learned import LearnedPrompts, read_prompts
+from engine.clip.text import TextTower, plain_text
+from engine.clip.weights import LOCAL, check_weights, is_archive, local_config, read_archive
 from engine.config import Precision, UserError
+from engine.progress import say
 
-__all__ = [
-    "Clip",
-    "ImageTower",
-    "check_weights",
-    "half_precision",
-    "load_clip",
-    "vision_shape",
-]
+__all__ = ["DTYPES", "Clip", "ImageTower", "half_precision", "load_clip"]
 
-LOCAL = "local-dir:"
-Tokenizer = Callable[[list[str]], Tensor]
+Tokenizer = Callable[..., Tensor]  # sentences -> token ids [N, L]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,11 +65,11 @@ class ImageTower(nn.Module):
         x = x + self.positional_embedding
         depth = 0 if prompts_KPC is None else len(prompts_KPC)
         for i, block in enumerate(self.blocks):
-            if i == 0 and prompts_KPC is not None:
-                x = torch.cat([x, prompts_KPC[0].to(x.dtype).expand(batch, -1, -1)], dim=1)
-            elif i < depth and prompts_KPC is not None:
-                kept = x[:, : -prompts_KPC.shape[1]]
-                x = torch.cat([kept, prompts_KPC[i].to(x.dtype).expand(batch, -1, -1)], dim=1)
+            if prompts_KPC is not None and i < depth:
+                # Widened before it is cast: so its gradient is summed over the images in fp32.
+                prompts = prompts_KPC[i].expand(batch, -1, -1).to(x.dtype)
+                kept = x if i == 0 else x[:, : -prompts.shape[1]]
+                x = torch.cat([kept, prompts], dim=1)
             x = block(self.ln_pre(x) if i == 0 else x)
         return self.ln_post(x[:, 0]) @ self.proj
 
@@ -94,40 +87,84 @@ def _folded(conv1: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
 
 @dataclass(frozen=True)
 class Clip:
-    """A loaded CLIP: its image tower, its text tower, and what belongs to them."""
+    """A loaded CLIP: its two towers, the prompts it has learned, and what belongs to them."""
 
     name: str
     whole: Any  # open_clip's own model, both towers
     image: ImageTower
-    encode_text: Callable[[Tensor], Tensor]  # token ids [N, context] -> features [N, D]
+    text: TextTower
+    prompts: LearnedPrompts | None
     tokenizer: Tokenizer
     logit_scale: float  # exp of the learned log scale, about 100
-    fingerprint: str  # sha256 over the weights of both towers and the preprocessing
+    backbone: str  # sha256 over the weights of both towers and the preprocessing
+    fingerprint: str  # the same, with the prompts
 
 
-def load_clip(model: str, weights: str, prefix: str) -> Clip:
+def load_clip(model: str, weights: str, prefix: str, prompts: str = "") -> Clip:
     """Loads a CLIP onto the CPU in fp32, frozen, in eval mode.
 
-    `model` is an open_clip architecture, with `weights` a checkpoint file or an open_clip tag, or
-    `local-dir:FOLDER` (open_clip_config.json and weights). Only plain ViT towers that read their
+    `model` is an open_clip architecture, with `weights` a checkpoint file (open_clip's own, or
+    OpenAI's archive) or an open_clip tag, or `local-dir:FOLDER` (open_clip_config.json and
+    weights). `prompts` is a file that read_prompts() reads. Only plain ViT towers that read their
     feature from the class token are supported. Errors are UserErrors, and name the fields that
     follow `prefix` (`teacher.`).
     """
     check_weights(model, weights, prefix)
-    return _clip(_built(model, weights, prefix), model)
+    built = _built(model, weights, prefix)
+    if not prompts:
+        return _clip(built, model, None)
+    where = f"{prefix}prompts: {prompts}"
+    learned, tensors = read_prompts(Path(prompts), f"{prefix}prompts")
+    _take_up(built, tensors, where)
+    clip = _clip(built, model, learned)
+    text, image = clip.text, clip.image
+    learned.check((text.layers, text.width), (image.layers, image.width), where)
+    if learned.backbone not in ("", clip.backbone):
+        raise UserError(
+            f"{where} belongs to another backbone: it was trained in {learned.backbone[:16]}, "
+            f"{weights or model} is {clip.backbone[:16]}"
+        )
+    return clip
 
 
 def _built(model: str, weights: str, prefix: str) -> Any:
     try:
         if model.startswith(LOCAL):
             return open_clip.create_model(model)
+        if Path(weights).is_file() and is_archive(Path(weights)):
+            built = open_clip.create_model(model, load_weights=False)
+            built.load_state_dict(read_archive(Path(weights)))
+            return built
         return open_clip.create_model(model, pretrained=weights)
     except RuntimeError as error:  # torch lists all keys that do not fit; the first lines will do
         why = " ".join(str(error).split()[:60])
         raise UserError(f"{prefix}weights: not a checkpoint of {model}: {why}") from None
 
 
-def _clip(built: Any, name: str) -> Clip:
+def _take_up(built: Any, tensors: dict[str, Tensor], where: str) -> None:
+    """Puts the backbone that a reference checkpoint holds in place of the one it started from, as
+    the reference does. They differ by rounding alone: it averages frozen fp16 weights too."""
+    if not tensors:
+        return
+    own = built.state_dict()
+    strange = sorted(tensors.keys() - own.keys())
+    lacking = sorted(own.keys() - tensors.keys() - {"token_embedding.weight"})
+    if strange or lacking:
+        what = f"holds {strange[0]}" if strange else f"lacks {lacking[0]}"
+        raise UserError(f"{where} belongs to another backbone: it {what}")
+    for key, tensor in tensors.items():
+        if tensor.shape != own[key].shape:
+            raise UserError(
+                f"{where} belongs to another backbone: {key} is {tuple(tensor.shape)}, the model's "
+                f"{tuple(own[key].shape)}"
+            )
+        if (tensor - own[key]).norm() > 0.1 * own[key].norm():
+            raise UserError(f"{where} belongs to another backbone: its {key} is a different one")
+    say(f"{where} brings its own copy of the backbone, which is used")
+    built.load_state_dict(tensors, strict=False)
+
+
+def _clip(built: Any, name: str, prompts: LearnedPrompts | None) -> Clip:
     built.requires_grad_(False).eval()
     visual = built.visual
     cfg = visual.preprocess_cfg
@@ -136,13 +173,18 @@ def _clip(built: Any, name: str) -> Clip:
     for key, tensor in sorted(built.state_dict().items()):
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
         digest.update(tensor.float().contiguous().numpy())
+    backbone = digest.hexdigest()
+    if prompts:
+        digest.update(prompts.digest.encode())
     return Clip(
         name=name,
         whole=built,
         image=ImageTower(visual, cfg["mean"], cfg["std"]),
-        encode_text=built.encode_text,
+        text=TextTower(plain_text(built)),
+        prompts=prompts,
         tokenizer=_tokenizer(name),
         logit_scale=float(built.logit_scale.exp()),
+        backbone=backbone,
         fingerprint=digest.hexdigest(),
     )
 
@@ -151,30 +193,10 @@ def _tokenizer(model: str) -> Tokenizer:
     if not model.startswith(LOCAL):
         return open_clip.get_tokenizer(model)
     folder = Path(model.removeprefix(LOCAL))
-    kwargs = dict(_local_config(model)["text_cfg"].get("tokenizer_kwargs", {}))
+    kwargs = dict(local_config(model)["text_cfg"].get("tokenizer_kwargs", {}))
     if "bpe_path" in kwargs:  # relative to the folder, so that it can be moved
         kwargs["bpe_path"] = str(folder / kwargs["bpe_path"])
     return open_clip.get_tokenizer(model, **kwargs)
-
-
-def _local_config(model: str) -> dict[str, Any]:
-    config = Path(model.removeprefix(LOCAL)) / "open_clip_config.json"
-    return json.loads(config.read_text())["model_cfg"]
-
-
-class VisionShape(NamedTuple):
-    """What can be known of an image tower without building it."""
-
-    pixels: int  # side of the square images it takes
-    layers: int
-
-
-def vision_shape(model: str) -> VisionShape:
-    """Of an open_clip architecture or a local-dir."""
-    local = model.startswith(LOCAL)
-    vision = (_local_config(model) if local else open_clip.get_model_config(model))["vision_cfg"]
-    size = vision["image_size"]
-    return VisionShape(int(size[0] if isinstance(size, list) else size), int(vision["layers"]))
 
 
 def half_precision(precision: Precision, device: torch.device) -> Precision:
@@ -184,99 +206,3 @@ def half_precision(precision: Precision, device: torch.device) -> Precision:
     if device.type == "cuda":
         return "fp16"
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
-
-
-# ---------------------------------------------------------------- checks before a model is built
-
-
-def check_weights(model: str, weights: str, prefix: str) -> None:
-    """Raises UserError unless the model is a plain ViT CLIP that its checkpoint's tensors fit."""
-    path = _checkpoint(model, weights, prefix)
-    bare = _bare(model, prefix)
-    _require_plain(bare.visual, model, prefix)
-    if path is None:
-        return  # open_clip downloads it, and checks it then
-    field = f"{prefix}model" if model.startswith(LOCAL) else f"{prefix}weights"
-    found = _shapes(path, field)
-    for key, tensor in bare.state_dict().items():
-        if "positional_embedding" in key or (key not in found and not key.startswith("visual.")):
-            continue  # open_clip fits positions to the model, and names of older text towers
-        if key not in found:
-            raise UserError(f"{field}: {path} is not a checkpoint of {model}: it lacks {key}")
-        if found[key] != tuple(tensor.shape) and tensor.ndim:
-            raise UserError(
-                f"{field}: {path} is not a checkpoint of {model}: {key} is {found[key]}, "
-                f"the architecture wants {tuple(tensor.shape)}"
-            )
-
-
-def _checkpoint(model: str, weights: str, prefix: str) -> Path | None:
-    """The file the weights are in; None for an open_clip tag."""
-    if not model:
-        raise UserError(f"{prefix}model is not set")
-    if model.startswith(LOCAL):
-        folder = Path(model.removeprefix(LOCAL))
-        if weights:
-            raise UserError(f"{prefix}weights: {model} holds its own; leave the field empty")
-        if not (folder / "open_clip_config.json").is_file():
-            raise UserError(f"{prefix}model: {folder} holds no open_clip_config.json")
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-        if not files:
-            raise UserError(f"{prefix}model: {folder} holds no weights")
-        return files[0]
-    if model not in open_clip.list_models():
-        raise UserError(f"{prefix}model: open_clip knows no architecture {model!r}")
-    if not weights:
-        raise UserError(f"{prefix}weights is not set: name a checkpoint of {model}")
-    if Path(weights).is_file():
-        return Path(weights)
-    if not open_clip.get_pretrained_cfg(model, weights):
-        raise UserError(f"{prefix}weights: {weights} is neither a file nor an open_clip tag")
-    return None
-
-
-def _bare(model: str, prefix: str) -> Any:
-    """The model without storage: shapes only."""
-    logging.disable(logging.WARNING)  # that it has no weights is what we want here
-    try:
-        with torch.device("meta"):
-            return open_clip.create_model(
-                model, device="meta", load_weights=False, pretrained_text=False
-            )
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{prefix}model: open_clip cannot build {model} ({error})") from None
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _require_plain(visual: Any, model: str, prefix: str) -> None:
-    plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None
-    if not plain or visual.pool_type != "tok" or visual.final_ln_after_pool:
-        raise UserError(f"{prefix}model: {model} has no plain ViT tower with a class token")
-    preprocessing = visual.preprocess_cfg["interpolation"], visual.preprocess_cfg["resize_mode"]
-    if preprocessing != ("bicubic", "shortest"):
-        raise UserError(
-            f"{prefix}model: {model} resizes its images by {preprocessing}; only bicubic, by the "
-            "shorter side, is supported"
-        )
-
-
-def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as tensors:
-                return {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
-        except SafetensorError as error:
-            raise UserError(f"{field}: {path} is not a safetensors file ({error})") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises several kinds for a file that is not its own
-        if "TorchScript" in str(error):
-            raise UserError(
-                f"{field}: {path} is a TorchScript archive, as OpenAI publishes them; name the "
-                'open_clip tag "openai", or a file of its state dict'
-            ) from None
-        raise UserError(f"{field}: {path} cannot be read as weights ({error})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    return {k.removeprefix("module."): tuple(v.shape) for k, v in state.items()}

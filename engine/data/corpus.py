@@ -8,7 +8,7 @@ name: the bytes of a block come with one ranged read, by the offsets of the inde
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -130,10 +130,34 @@ class Corpus:
     def read(self, block: int) -> list[Sample]:
         """The samples of a block, in the order of their positions, with one ranged read."""
         shard, start, length = Block(*map(int, self.blocks[block]))
+        return self._read(shard, start, self._rows(shard)[start : start + length])
+
+    def pick(self, shard: int, positions: Iterable[int]) -> list[Sample]:
+        """Some samples of a shard, with one ranged read each."""
+        rows = self._rows(shard)
+        return [self._read(shard, position, [rows[position]])[0] for position in positions]
+
+    def labels(self, shard: int) -> np.ndarray:
+        """The labels of a shard's samples, int64 [n]; -1 where a sample has none or is excluded.
+        Reads no image."""
+        rows = self._rows(shard)
+        labels = np.full(len(rows), -1, np.int64)
+        with fsspec.open(self.shards[shard], "rb") as file:
+            for position, row in enumerate(rows):
+                for suffix, offset, size, _ in row:
+                    if suffix == "cls" and position not in self.excluded[shard]:
+                        file.seek(offset)
+                        labels[position] = _label(file.read(size), self.shards[shard])
+        return labels
+
+    def _rows(self, shard: int) -> list[list[Member]]:
         index = Path(self.shards[shard]).with_suffix(".idx")
-        rows = _read_index(index, index.stat().st_mtime_ns)[start : start + length]
-        if len(rows) != length:
+        rows = _read_index(index, index.stat().st_mtime_ns)
+        if len(rows) != self.blocks[self.blocks[:, 0] == shard, 2].sum():
             raise UserError(f"{index}: does not fit its shard; run `promptkd index` again")
+        return rows
+
+    def _read(self, shard: int, start: int, rows: list[list[Member]]) -> list[Sample]:
         low = min(offset for row in rows for _, offset, _, _ in row)
         high = max(offset + size for row in rows for _, offset, size, _ in row)
         fs, path = fsspec.core.url_to_fs(self.shards[shard])

@@ -10,22 +10,32 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.corpus import Corpus, Sample
+from engine.data.corpus import Sample
 from engine.data.decode import Decoder
 from engine.data.order import Share
 
-__all__ = ["AHEAD", "Batch", "Loader", "Work"]
+__all__ = ["AHEAD", "Batch", "Blocks", "Loader", "Work"]
 
 AHEAD = 2  # batches held ready, unless told otherwise
+
+
+class Blocks(Protocol):
+    """Samples that come in blocks: a corpus, or something that reads like one."""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of every block, int64 [n]."""
+
+    def read(self, block: int) -> Sequence[Sample]: ...
 
 
 class Work(NamedTuple):
@@ -61,11 +71,11 @@ class Loader:
     """
 
     def __init__(
-        self, corpus: Corpus, decoder: Decoder, works: Iterable[Work], kept_samples: int, ahead: int
+        self, corpus: Blocks, decoder: Decoder, works: Iterable[Work], kept_samples: int, ahead: int
     ) -> None:
         self.waited_s = 0.0
         self._corpus, self._decoder, self._works = corpus, decoder, works
-        self._kept: OrderedDict[int, Future[list[Sample]]] = OrderedDict()
+        self._kept: OrderedDict[int, Future[Sequence[Sample]]] = OrderedDict()
         self._kept_samples = kept_samples
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="reader")
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
@@ -134,7 +144,7 @@ class Loader:
             np.array(labels, np.int64),
         )
 
-    def _asked(self, block: int) -> Future[list[Sample]]:
+    def _asked(self, block: int) -> Future[Sequence[Sample]]:
         """The read of a block, begun if need be; drops those that were announced longest ago, whose
         windows come first. Going by use would drop blocks not yet touched."""
         if block in self._kept:

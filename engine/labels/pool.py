@@ -35,7 +35,8 @@ class TeacherActor:
     def __init__(self, config: RunConfig, classes: ClassVectors) -> None:
         torch.set_num_threads(config.teacher.threads)
         device = torch.device(config.device)
-        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher.")
+        told = config.teacher
+        clip = load_clip(told.model, told.weights, "teacher.", told.prompts)
         policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
         precision = config.teacher.precision
         self._labeller = Labeller(

@@ -28,7 +28,8 @@ def fingerprint(classes: ClassVectors, policy: ViewPolicy, precision: str) -> st
 
 
 class Teacher:
-    """A CLIP image tower in half precision, against class vectors."""
+    """A CLIP image tower in half precision, with the prompts it has learned, against class
+    vectors."""
 
     def __init__(
         self, clip: Clip, classes: ClassVectors, precision: str, device: torch.device, batch: int
@@ -41,13 +42,15 @@ class Teacher:
         self.scale = clip.logit_scale
         self.w_ND = torch.from_numpy(classes.vectors).to(device)
         self._tower = clip.image.to(device, DTYPES[precision])
+        self._prompts = None if clip.prompts is None else clip.prompts.vision_KPC.to(device)
         self._device, self._batch = device, batch
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Unit features [B, D] fp32 of uint8 images on any device."""
         parts = [
-            self._tower(part.to(self._device)).float() for part in images_BCHW.split(self._batch)
+            self._tower(part.to(self._device), self._prompts).float()
+            for part in images_BCHW.split(self._batch)
         ]
         return F.normalize(torch.cat(parts), dim=-1)
 

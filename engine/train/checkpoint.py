@@ -11,13 +11,15 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.train.health import Health
 from engine.train.ledger import Ledger
 
-__all__ = ["Checkpoint", "load_latest", "save"]
+__all__ = ["Checkpoint", "load_latest", "roll_back", "save"]
 
 _KEEP = 2
 
@@ -29,12 +31,13 @@ class Checkpoint:
     step: int
     train_s: float
     ledger: Ledger  # of all workers
+    health: Health
     student: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint into `folder` and removes all but the newest ones."""
+    """Writes a checkpoint into `folder`; of older ones it keeps one, and the newest good one."""
     final = folder / f"step-{checkpoint.step:08d}"
     partial = folder / f"{final.name}.tmp"
     shutil.rmtree(partial, ignore_errors=True)
@@ -45,6 +48,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "step": checkpoint.step,
         "train_s": checkpoint.train_s,
         "ledger": asdict(checkpoint.ledger),
+        "health": asdict(checkpoint.health),
+        "good": checkpoint.health.good,
         "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())},
     }
     state["self"] = _digest(state)
@@ -55,9 +60,22 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(final)
     partial.rename(final)
     _flush(folder)
-    for old in _steps(folder)[:-_KEEP]:
-        shutil.rmtree(old)
+    old = _steps(folder)[:-_KEEP]
+    kept = next((path for path in reversed(_steps(folder)) if _state(path)["good"]), None)
+    for path in old:
+        if path != kept:
+            shutil.rmtree(path)
     return final
+
+
+def roll_back(folder: Path) -> int:
+    """Removes the checkpoints after the newest good one; gives its step, 0 where there is none."""
+    for path in reversed(_steps(folder)):
+        state = _state(path)
+        if state["good"]:
+            return state["step"]
+        shutil.rmtree(path)
+    return 0
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -68,13 +86,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
     steps = _steps(folder)
     if not steps:
         return None
-    path = steps[-1] / "state.json"
-    try:
-        state = json.loads(path.read_text())
-        if state.pop("self") != _digest(state):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise ValueError(f"{path} is damaged") from None
+    state = _state(steps[-1])
     for name, sha256 in state["sha256"].items():
         if _sha256(steps[-1] / name) != sha256:
             raise ValueError(f"{steps[-1] / name} is damaged: its sha256 is not that of state.json")
@@ -82,9 +94,21 @@ def load_latest(folder: Path) -> Checkpoint | None:
         state["step"],
         state["train_s"],
         Ledger(**state["ledger"]),
+        Health(**state["health"]),
         load_file(steps[-1] / "student.safetensors"),
         load_file(steps[-1] / "optimizer.safetensors"),
     )
+
+
+def _state(path: Path) -> dict[str, Any]:
+    file = path / "state.json"
+    try:
+        state = json.loads(file.read_text())
+        if state.pop("self") != _digest(state):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ValueError(f"{file} is damaged") from None
+    return state
 
 
 def _steps(folder: Path) -> list[Path]:

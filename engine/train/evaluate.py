@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from engine.clip.class_vectors import ClassVectors
+from engine.clip.towers import Clip
 from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
 from engine.data.loader import AHEAD, Loader, Work
@@ -19,8 +22,9 @@ from engine.data.order import Share
 from engine.data.views import TEST_VIEW
 from engine.labels.targets import BlockView, TargetSource
 from engine.train.ledger import Ledger
+from kernels.reference import logits
 
-__all__ = ["Score", "evaluate", "tally"]
+__all__ = ["Model", "Score", "evaluate", "tally", "zero_shot"]
 
 Model = Callable[[Tensor], Tensor]  # uint8 images [B, 3, S, S] on the device -> logits [B, N]
 
@@ -88,6 +92,18 @@ def evaluate(
     finally:
         loader.close()
     return tallies, ledger
+
+
+def zero_shot(clip: Clip, classes: ClassVectors, device: torch.device) -> Model:
+    """A CLIP's image tower, with the prompts it has learned, against class vectors of its own."""
+    w_ND = torch.from_numpy(classes.vectors).to(device)
+    prompts_KPC = clip.prompts.vision_KPC.to(device) if clip.prompts else None
+
+    def answer(images_BCHW: Tensor) -> Tensor:
+        u_BD = F.normalize(clip.image(images_BCHW, prompts_KPC).float(), dim=-1)
+        return logits(u_BD, w_ND, clip.logit_scale)
+
+    return answer
 
 
 def _shares(

@@ -3,9 +3,8 @@
 Plain torch.distributed: it runs the same under Ray Train, torchrun or a test's own processes.
 """
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +21,8 @@ from engine.data.order import Order
 from engine.labels.targets import BlockView, TargetSource
 from engine.telemetry import GpuSampler, Recorder
 from engine.train import checkpoint
+from engine.train.health import Health
 from engine.train.ledger import Ledger
-from engine.train.schedule import effective_weight, learning_rate
 
 if TYPE_CHECKING:
     from engine.train.student import StudentTrainer  # DeepSpeed is slow to import
@@ -64,11 +63,13 @@ def train(
     folder: Path,
     start: checkpoint.Checkpoint | None,
     device: torch.device,
+    after_pass: Callable[[int], None],
 ) -> Trained:
     """Trains from `start`, or from the beginning, to the last step.
 
-    Rank 0 appends records to `folder`/metrics.jsonl and writes `folder`/checkpoints. Raises
-    RuntimeError where the loss is no longer finite.
+    Rank 0 appends records to `folder`/metrics.jsonl and writes `folder`/checkpoints. All workers
+    call `after_pass` with the number of each pass they complete, and raise Collapse at the same
+    step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     total_steps = config.passes * order.steps
@@ -81,8 +82,9 @@ def train(
     works = training_works(order, config.passes, config.views or config.passes, rank, world, first)
     kept_samples = kept(order, world)
     loader = Loader(corpus, decoder, works, kept_samples, AHEAD)
-    counts = torch.zeros(3, device=device)
-    weight = effective_weight(config, trainer.classes) * config.temperature**2
+    health = start.health if start else Health()
+    counts = torch.zeros(4, device=device)
+    recorded = first
     started = logged = time.perf_counter()
     try:
         for decoded in loader:
@@ -98,11 +100,9 @@ def train(
             ledger.add(batch, trained_B)
             done = batch.work.step + 1
             saves = done % config.checkpoint_steps == 0 or done == total_steps
-            if done % config.log_steps == 0 or saves:  # what is saved has been found finite
+            if done % config.log_steps == 0 or saves:  # what is saved has been looked at
                 dist.all_reduce(counts)
-                images, kl, agreeing = counts.tolist()
-                if not math.isfinite(kl):
-                    raise RuntimeError(f"the loss is not finite at step {done}")
+                images, kl, agreeing, not_finite = counts.tolist()
                 now = time.perf_counter()
                 if recorder:
                     recorder.record(
@@ -110,18 +110,27 @@ def train(
                         step=done,
                         steps=total_steps,
                         pass_=batch.work.step // order.steps,
-                        loss=weight * kl / max(images, 1),
+                        loss=trainer.weight * kl / max(images, 1),
                         agreement=agreeing / max(images, 1),
-                        lr=learning_rate(batch.work.step, total_steps, config),
+                        not_finite=not_finite,
+                        lr=trainer.learning_rate(batch.work.step),
                         images_per_second=images / (now - logged),
                         waited_labels_s=source.waited_s,
                         waited_data_s=loader.waited_s,
                         **(gpu.means() if gpu else {}),
                     )
+                if images or not_finite:
+                    steps = done - recorded
+                    health.observe(
+                        kl / max(images, 1), agreeing / max(images, 1), steps, not_finite
+                    )
                 counts.zero_()
-                logged = now
+                logged, recorded = now, done
             if saves:
-                _save(trainer, folder, done, before_s + time.perf_counter() - started, ledger)
+                train_s = before_s + time.perf_counter() - started
+                _save(trainer, folder, done, train_s, ledger, health)
+            if done % order.steps == 0:
+                after_pass(batch.work.step // order.steps)
         train_s = before_s + time.perf_counter() - started
     finally:
         loader.close()
@@ -142,12 +151,17 @@ def kept(order: Order, world: int) -> int:
 
 
 def _save(
-    trainer: "StudentTrainer", folder: Path, step: int, train_s: float, ledger: Ledger
+    trainer: "StudentTrainer",
+    folder: Path,
+    step: int,
+    train_s: float,
+    ledger: Ledger,
+    health: Health,
 ) -> None:
     student, optimizer = trainer.state()
     everyone = merged(ledger)
     if dist.get_rank() == 0:
-        state = checkpoint.Checkpoint(step, train_s, everyone, student, optimizer)
+        state = checkpoint.Checkpoint(step, train_s, everyone, health, student, optimizer)
         checkpoint.save(folder / "checkpoints", state)
 
 

@@ -1,18 +1,43 @@
-"""Numbers that follow from the config alone: learning rate and loss weight."""
+"""Numbers that follow from the config alone: learning rates, loss weight, averaging weights."""
 
 import math
 
 from engine.config import TrainConfig
 
-__all__ = ["effective_weight", "learning_rate"]
+__all__ = ["effective_weight", "epoch_rate", "gaussian_weights", "learning_rate", "peak_rate"]
+
+_WARM_EPOCH_RATE = 1e-5
+
+
+def peak_rate(config: TrainConfig) -> float:
+    """The learning rate at this batch: scaled linearly (Goyal et al. 2017)."""
+    return config.lr * (config.batch / config.lr_batch if config.lr_batch else 1)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Of 0-based `step` of `total`: linear warm-up, then half a cosine to zero."""
+    """Of 0-based `step` of `total`: linear warm-up, then half a cosine to zero; or the paper's."""
+    peak = peak_rate(config)
+    if config.schedule == "epochs":
+        return epoch_rate(step * config.passes // total, config.passes, peak)
     warmup = min(config.warmup_steps, total)
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    return 0.5 * config.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return peak * (step + 1) / (warmup + 1)
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def epoch_rate(epoch: int, epochs: int, peak: float) -> float:
+    """Of 0-based `epoch`: one at 1e-5, then half a cosine that begins at `peak` and does not quite
+    come to zero (the reference's schedule, which starts the cosine one epoch late)."""
+    if epoch == 0:
+        return _WARM_EPOCH_RATE
+    return 0.5 * peak * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+
+def gaussian_weights(epochs: int, mean: float, std: float) -> list[float]:
+    """Weights of the prompts at the end of epochs 1, 2, ... in their average; they sum to 1
+    (PromptSRC, section 3.2.2)."""
+    raw = [math.exp(-0.5 * ((epoch - mean) / std) ** 2) for epoch in range(1, epochs + 1)]
+    return [weight / sum(raw) for weight in raw]
 
 
 def effective_weight(config: TrainConfig, classes: int) -> float:

@@ -39,11 +39,16 @@ class StudentTrainer:
         config: TrainConfig,
         zero_stage: int,
         total_steps: int,
+        rollbacks: int = 0,
     ) -> None:
+        """`rollbacks`: how often this run has gone back; each has halved its learning rate."""
         assert dist.is_initialized()
         self._w_ND, self._scale, self._config = w_ND, scale, config
-        self._total_steps = total_steps
-        self._weight = effective_weight(config, len(w_ND)) * config.temperature**2
+        self._total_steps, self._rate = total_steps, 0.5**rollbacks
+        self.weight = effective_weight(config, len(w_ND)) * config.temperature**2
+        self._finite = torch.ones((), dtype=torch.bool, device=w_ND.device)
+        for param in student.parameters():
+            param.register_hook(self._keep_finite)
         _no_cpp_ops()
         self.engine, *_ = deepspeed.initialize(
             model=student,
@@ -63,24 +68,24 @@ class StudentTrainer:
         )
 
     @property
-    def classes(self) -> int:
-        return len(self._w_ND)
-
-    @property
     def student(self) -> PromptedTower:
         return self.engine.module
+
+    def learning_rate(self, step: int) -> float:
+        return self._rate * learning_rate(step, self._total_steps, self._config)
 
     def step(
         self, step: int, images_BCHW: Tensor, teacher_logits_BN: Tensor, valid_B: Tensor
     ) -> Tensor:
         """One update. Gives, summed over this worker's valid images: their number, their KL, and
-        how many have the teacher's top class; fp32 [3], on the device. Waits for no GPU."""
+        how many have the teacher's top class; and 1 if its loss or a gradient was not finite, in
+        which case it took no part in the update. fp32 [4], on the device. Waits for no GPU."""
         mask = valid_B.float()
         count = mask.sum()
         everyone = count.clone()
         dist.all_reduce(everyone)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self._total_steps, self._config)
+            group["lr"] = self.learning_rate(step)
 
         tau = self._config.temperature
         u_BD = self.engine(images_BCHW, valid_B)
@@ -88,13 +93,19 @@ class StudentTrainer:
         # Rows that are not valid may hold anything, and 0 * nan is nan, in gradients too.
         teacher_logits_BN = torch.where(valid_B[:, None], teacher_logits_BN, 0)
         kl = (mask * kl_divergence(teacher_logits_BN / tau, student_logits_BN)).sum()
-        # Stops the run before the optimizer sees a nan, without waiting for the GPU to answer.
-        torch._assert_async(torch.isfinite(kl), "the loss is not finite")
+        self._finite.copy_(torch.isfinite(kl))
         # DeepSpeed averages gradients over workers; the mean is to be over images.
-        self.engine.backward(self._weight * kl * dist.get_world_size() / everyone.clamp(min=1))
+        self.engine.backward(self.weight * kl * dist.get_world_size() / everyone.clamp(min=1))
         self.engine.step()
         agree = (student_logits_BN.argmax(-1) == teacher_logits_BN.argmax(-1)) & valid_B
-        return torch.stack([count, kl.detach(), agree.sum().float()])
+        told = torch.stack([count, kl.detach(), agree.sum().float()])
+        told = torch.where(self._finite, told, 0)
+        return torch.cat([told, (~self._finite).float()[None]])
+
+    def _keep_finite(self, gradient: Tensor) -> Tensor:
+        """Keeps nan and infinity from the optimizer, without waiting for the GPU to answer."""
+        self._finite &= torch.isfinite(gradient).all()
+        return torch.where(self._finite, gradient, 0)
 
     # ------------------------------------------------------------ state, at any world size
 

@@ -3,20 +3,20 @@
 It needs Ray only where the run streams its labels, and runs as well under torchrun or in a test.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.names import base_count
 from engine.clip.prompts import PromptedTower
-from engine.clip.towers import DTYPES, Clip, load_clip, vision_shape
+from engine.clip.towers import DTYPES, Clip, load_clip
+from engine.clip.weights import vision_shape
 from engine.config import RunConfig, UserError
 from engine.data.corpus import open_corpora
 from engine.data.decode import Decoder
@@ -25,10 +25,15 @@ from engine.data.views import ViewPolicy
 from engine.labels.pool import StreamSource
 from engine.labels.targets import TargetSource
 from engine.labels.teacher import InlineSource, Teacher, fingerprint
-from engine.train import checkpoint
-from engine.train.evaluate import Score, evaluate
-from engine.train.loop import kept, merged, train
-from kernels.reference import logits
+from engine.train import checkpoint, rollback
+from engine.train.evaluate import Model, Score, evaluate, zero_shot
+from engine.train.health import Collapse
+from engine.train.ledger import Ledger
+from engine.train.loop import Trained, kept, merged, train
+from engine.train.selection import Selection
+
+if TYPE_CHECKING:
+    from engine.train.student import StudentTrainer
 
 __all__ = ["Task", "work"]
 
@@ -45,29 +50,14 @@ class Task(NamedTuple):
 def work(task: Task, device: torch.device) -> dict[str, Any]:
     """Trains, writes the bundle and evaluates, on the process group that is already there.
 
-    Gives the same on every worker: steps, seconds, ledgers and scores. Raises UserError where
-    workers do not see the same run folder, RuntimeError where the loss is not finite or labels do
-    not come.
+    Gives the same on every worker: steps, seconds, ledgers and scores; or, under `collapsed`, why
+    the student was given up. Raises UserError where workers do not see the same run folder,
+    RuntimeError where labels do not come.
     """
-    from engine.train.student import StudentTrainer  # the driver can do without DeepSpeed
-
     config, classes = task.config, task.classes
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(config.student.threads)
-
     clip = load_clip(config.student.model, config.student.weights, "student.")
-    student = PromptedTower(
-        clip.image,
-        config.student.prompts,
-        config.student.depth,
-        config.student.projector_width or classes.vectors.shape[1],
-        classes.vectors.shape[1],
-        config.seed,
-    )
-    start = checkpoint.load_latest(config.folder / "checkpoints")
-    _require_one_start(start.step if start else 0, world)
-    if start:
-        student.load_state_dict(start.student)
     clip.image.to(device, DTYPES[config.student.precision])
     w_ND = torch.from_numpy(classes.vectors).to(device)
 
@@ -81,58 +71,73 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
     )
     policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
     decoder = Decoder(policy, str(device), config.student.threads)
-    source = _source(task, w_ND, kept(order, world), rank, device)
-    trainer = StudentTrainer(
-        student.to(device),
-        w_ND,
-        clip.logit_scale,
-        config.train,
-        config.student.zero_stage,
-        config.train.passes * order.steps,
-    )
-    if start:
-        trainer.load_optimizer(start.optimizer)
-    try:
+    base = base_count(len(classes.names))
+    selected = Selection(config.train.selection, config.folder)
+
+    def scores(models: dict[str, Model], source: TargetSource | None) -> tuple[dict, Ledger]:
+        """Of all workers together, on the evaluation images."""
+        held_out = corpora["evaluation"]
+        mine = range(rank, len(held_out.blocks), world)
+        batch = config.teacher.batch
+        tallies, ledger = evaluate(models, source, held_out, mine, decoder, base, batch, device)
+        for name, counts in tallies.items():
+            everyone = counts.to(device)
+            dist.all_reduce(everyone)
+            tallies[name] = everyone.cpu()
+        return {name: asdict(Score.of(counts)) for name, counts in tallies.items()}, merged(ledger)
+
+    def life(source: TargetSource) -> tuple[Trained, dict[str, Tensor]]:
+        """The run from its newest checkpoint to its end, and the weights it comes to."""
+        start = checkpoint.load_latest(config.folder / "checkpoints")
+        _require_one_start(start.step if start else 0, world)
+        trainer = _trainer(task, clip, w_ND, start, order, device)
+
+        def after_pass(pass_: int) -> None:
+            if selected.rule == "paper":
+                weights, _ = trainer.state()
+                student = _bundle(config, clip, classes, weights).attached(clip, device)
+                told, _ = scores({"student": student}, None)
+                selected.offer(pass_, told["student"]["base"], weights, rank)
+
+        shards = corpora["shards"]
         trained = train(
             trainer,
             source,
-            corpora["shards"],
+            shards,
             decoder,
             order,
             config.train,
             config.folder,
             start,
             device,
+            after_pass,
         )
         weights, _ = trainer.state()
+        dist.barrier()
+        return trained, selected.choice(weights)
+
+    source = _source(task, w_ND, kept(order, world), rank, device)
+    try:
+        while True:
+            try:
+                trained, weights = life(source)
+                break
+            except Collapse as collapse:
+                if not rollback.take(config.folder, str(collapse), config.train.rollbacks, rank):
+                    return {"collapsed": str(collapse)}
         bundle = _bundle(config, clip, classes, weights)
         if rank == 0:
             bundle.save(config.folder / "bundle.safetensors")
-        scores, evaluation = {}, None
+        told: dict[str, Any] = {}
+        evaluation = None
         if "evaluation" in corpora:
             # A fresh student, as it is deployed: ZeRO may hold the trained one in parts.
-            models: dict[str, Callable[[Tensor], Tensor]] = {
-                "student_after": bundle.attached(clip, device)
-            }
+            models: dict[str, Model] = {"student_after": bundle.attached(clip, device)}
             if task.zero_shot:
-                models["student_before"] = _zero_shot(clip, task.zero_shot, device)
-            held_out = corpora["evaluation"]
-            tallies, ledger = evaluate(
-                models,
-                source,
-                held_out,
-                range(rank, len(held_out.blocks), world),
-                decoder,
-                base_count(len(classes.names)),
-                config.teacher.batch,
-                device,
-            )
-            counted = merged(ledger).statement(held_out.samples)
+                models["student_before"] = zero_shot(clip, task.zero_shot, device)
+            told, ledger = scores(models, source)
+            counted = ledger.statement(corpora["evaluation"].samples)
             evaluation = {"scored": counted["trained"], "skipped": counted["skipped"]}
-            for name, counts in tallies.items():
-                everyone = counts.to(device)
-                dist.all_reduce(everyone)
-                scores[name] = asdict(Score.of(everyone.cpu()))
     finally:
         source.close()
     return {
@@ -141,9 +146,41 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
         "waited_labels_s": trained.waited_labels_s,
         "waited_data_s": trained.waited_data_s,
         "ledger": trained.ledger.statement(config.train.passes * order.samples),
-        "scores": scores,
+        "scores": told,
         "evaluation": evaluation,
+        "selection": selected.statement(),
+        "rollbacks": rollback.taken(config.folder),
     }
+
+
+def _trainer(
+    task: Task,
+    clip: Clip,
+    w_ND: Tensor,
+    start: checkpoint.Checkpoint | None,
+    order: Order,
+    device: torch.device,
+) -> "StudentTrainer":
+    from engine.train.student import StudentTrainer  # the driver can do without DeepSpeed
+
+    config, (_, width) = task.config, task.classes.vectors.shape
+    told = config.student
+    hidden = told.projector_width or width
+    student = PromptedTower(clip.image, told.prompts, told.depth, hidden, width, config.seed)
+    if start:
+        student.load_state_dict(start.student)
+    trainer = StudentTrainer(
+        student.to(device),
+        w_ND,
+        clip.logit_scale,
+        config.train,
+        told.zero_stage,
+        config.train.passes * order.steps,
+        len(rollback.taken(config.folder)),
+    )
+    if start:
+        trainer.load_optimizer(start.optimizer)
+    return trainer
 
 
 def _require_one_start(step: int, world: int) -> None:
@@ -159,8 +196,9 @@ def _source(
 ) -> TargetSource:
     config, classes = task.config, task.classes
     if config.targets.source == "inline":
-        clip = load_clip(config.teacher.model, config.teacher.weights, "teacher.")
-        precision = config.teacher.precision
+        told = config.teacher
+        clip = load_clip(told.model, told.weights, "teacher.", told.prompts)
+        precision = told.precision
         return InlineSource(Teacher(clip, classes, precision, device, config.teacher.batch))
     pixels = vision_shape(config.teacher.model).pixels
     policy = ViewPolicy(config.seed, pixels, config.train.crop_scale)
@@ -190,13 +228,3 @@ def _bundle(
         logit_scale=clip.logit_scale,
         pixels=clip.image.pixels,
     )
-
-
-def _zero_shot(clip: Clip, own: ClassVectors, device: torch.device) -> Callable[[Tensor], Tensor]:
-    w_ND = torch.from_numpy(own.vectors).to(device)
-
-    def answer(images_BCHW: Tensor) -> Tensor:
-        u_BD = F.normalize(clip.image(images_BCHW).float(), dim=-1)
-        return logits(u_BD, w_ND, clip.logit_scale)
-
-    return answer

@@ -1,0 +1,168 @@
+"""The driver of stage I: check, choose the samples, learn prompts, evaluate, store."""
+
+import dataclasses
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import run_folder
+from engine.clip.class_vectors import encode_classes, own_templates
+from engine.clip.names import base_count, read_names
+from engine.clip.towers import DTYPES, load_clip
+from engine.config import UserError, absolute
+from engine.config_pretrain import PretrainConfig
+from engine.data.corpus import Corpus
+from engine.data.decode import Decoder
+from engine.data.loader import AHEAD, Loader, Work
+from engine.data.shots import Shots, choose
+from engine.data.views import ViewPolicy
+from engine.progress import Watch, say
+from engine.telemetry import Recorder
+from engine.train.evaluate import Score, evaluate, zero_shot
+from engine.train.pretrain import Average, Tuner, new_prompts
+from engine.train.schedule import epoch_rate
+
+__all__ = ["pretrain"]
+
+_BLOCK = 512  # samples of a block in evaluation
+_FORWARD = 256  # images of a forward in evaluation
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Learns prompts for a teacher and gives what `summary.json` says.
+
+    The run folder gets `prompts.safetensors`, and `class_vectors.safetensors` of all classes.
+    Raises UserError for what the user can mend, RuntimeError where the loss is not finite.
+    """
+    started = time.perf_counter()
+    config = _resolved(absolute(config))
+    run_folder.check_free(config)
+    names = read_names(config.classes.names, repeats=config.classes.repeats)
+    learned = len(names) if config.corpus.classes == "all" else base_count(len(names))
+    corpus = Corpus.open(config.corpus.shards, _BLOCK)
+    held_out = _held_out(config, len(names))
+    told, device = config.teacher, torch.device(config.device)
+    clip = load_clip(told.model, told.weights, "teacher.")
+    learner = new_prompts(clip, config.prompts, config.seed)
+    shots = choose(corpus, learned, config.corpus.shots, config.seed, "corpus.shards")
+    if shots.steps(config.train.batch) == 0:
+        raise UserError(f"train.batch is {config.train.batch}, {len(shots.samples)} are chosen")
+    untuned = encode_classes(clip, names, (f"{config.prompts.words} {{}}.",))
+    folder = run_folder.create(config)
+    say(
+        f"{config.prompts.method} on {device}, towers in {told.precision}: {len(shots.samples)} "
+        f"images of {learned} classes"
+    )
+    dtype = DTYPES[told.precision]
+    tuner = Tuner(clip, learner, names[:learned], config.prompts, config.train, device, dtype)
+    policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
+    decoder = Decoder(policy, config.device, threads=2)
+    with Watch(folder / "metrics.jsonl"):
+        average = learn(tuner, shots, decoder, config, folder)
+    prompts = folder / "prompts.safetensors"
+    average.prompts(clip, config.prompts).save(prompts)
+
+    tuned = load_clip(told.model, told.weights, "teacher.", str(prompts))
+    classes = encode_classes(tuned, names, own_templates(tuned, ()))
+    classes.save(folder / "class_vectors.safetensors")
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "method": config.prompts.method,
+        "images": len(shots.samples),
+        "classes": learned,
+        "steps": config.train.passes * shots.steps(config.train.batch),
+    }
+    if held_out:
+        tuned.image.to(device, dtype)
+        models = {
+            "zero_shot": zero_shot(clip, untuned, device),
+            "tuned": zero_shot(tuned, classes, device),
+        }
+        blocks, base = range(len(held_out.blocks)), base_count(len(names))
+        tallies, _ = evaluate(models, None, held_out, blocks, decoder, base, _FORWARD, device)
+        summary |= {name: asdict(Score.of(counts)) for name, counts in tallies.items()}
+    summary["wall_s"] = time.perf_counter() - started
+    run_folder.write(folder / "summary.json", summary)
+    return summary
+
+
+def learn(
+    tuner: Tuner, shots: Shots, decoder: Decoder, config: PretrainConfig, folder: Path
+) -> Average:
+    """Trains the tuner's prompts, and gives their average over the passes."""
+    train, device = config.train, torch.device(config.device)
+    steps = shots.steps(train.batch)
+    works = (
+        Work("shards", number, pass_, shots.share(pass_, step, train.batch, config.seed))
+        for number in range(train.passes * steps)
+        for pass_, step in [divmod(number, steps)]
+    )
+    average = Average(train)
+    recorder = Recorder(folder)
+    loader = Loader(shots, decoder, works, len(shots.samples), AHEAD)
+    sums, images, logged = torch.zeros(3, device=device), 0, time.perf_counter()
+    try:
+        for decoded in loader:
+            batch = decoded.to(device)
+            pass_, done = batch.work.view, batch.work.step + 1
+            rows = torch.from_numpy(np.flatnonzero(batch.valid_B)).to(device)
+            labels_B = torch.from_numpy(batch.labels_B).to(device)[rows]
+            if len(rows):
+                sums += len(rows) * tuner.step(pass_, batch.images_BCHW[rows], labels_B)
+                images += len(rows)
+            if done % train.log_steps == 0 or done % steps == 0:
+                loss, cross_entropy, accuracy = (sums / max(images, 1)).tolist()
+                if not math.isfinite(loss):
+                    raise RuntimeError(f"the loss is not finite at step {done}; lower train.lr")
+                now = time.perf_counter()
+                recorder.record(
+                    "train",
+                    step=done,
+                    steps=train.passes * steps,
+                    pass_=pass_,
+                    loss=loss,
+                    cross_entropy=cross_entropy,
+                    accuracy=accuracy,
+                    lr=epoch_rate(pass_, train.passes, train.lr),
+                    images_per_second=images / (now - logged),
+                    waited_data_s=loader.waited_s,
+                )
+                sums.zero_()
+                images, logged = 0, now
+            if done % steps == 0:
+                average.add(pass_, tuner.learner.prompts())
+    finally:
+        loader.close()
+        recorder.close()
+    return average
+
+
+def _resolved(config: PretrainConfig) -> PretrainConfig:
+    """Replaces every "auto" by what this machine has."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is asked for, but there is no GPU")
+    precision = config.teacher.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    teacher = dataclasses.replace(config.teacher, precision=precision)
+    return dataclasses.replace(config, device=device, teacher=teacher)
+
+
+def _held_out(config: PretrainConfig, classes: int) -> Corpus | None:
+    if not config.corpus.evaluation:
+        return None
+    corpus = Corpus.open(config.corpus.evaluation, _BLOCK, "corpus.evaluation")
+    if corpus.largest_label >= classes:
+        raise UserError(
+            f"classes.names: {config.classes.names} has {classes} names, but corpus.evaluation "
+            f"({config.corpus.evaluation}) has labels up to {corpus.largest_label}"
+        )
+    return corpus

@@ -1,0 +1,42 @@
+"""Going back after a collapse: to the last good checkpoint, at half the learning rate.
+
+Steps are pure functions, so the same rate would lead to the same collapse again. What was taken is
+kept in `rollbacks.json` of the run folder, where restarted workers find it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from engine.telemetry import Recorder
+from engine.train import checkpoint
+
+__all__ = ["take", "taken"]
+
+
+def taken(folder: Path) -> list[dict[str, Any]]:
+    """The roll-backs of a run so far: why, and to which step."""
+    file = folder / "rollbacks.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def take(folder: Path, why: str, most: int, rank: int) -> bool:
+    """Goes back, and says so; gives False where it has been done often enough. All workers call it,
+    and have its result once it returns."""
+    before = taken(folder)
+    goes = len(before) < most
+    if rank == 0:
+        recorder = Recorder(folder)
+        recorder.record("notice", text=f"the student has collapsed: {why}")
+        if goes:
+            step = checkpoint.roll_back(folder / "checkpoints")
+            partial = folder / "rollbacks.json.tmp"
+            partial.write_text(json.dumps([*before, {"why": why, "to_step": step}], indent=2))
+            partial.replace(folder / "rollbacks.json")
+            rate = f"1/{2 ** (len(before) + 1)} of its learning rate"
+            recorder.record("notice", text=f"going on from step {step} at {rate}")
+        recorder.close()
+    dist.barrier()
+    return goes
