@@ -20,8 +20,6 @@ def check(config: RunConfig) -> tuple[str, ...]:
     read_templates(config.classes.template)
     if config.teacher.prompts and not Path(config.teacher.prompts).is_file():
         raise UserError(f"teacher.prompts: {config.teacher.prompts}: no such file")
-    if config.train.selection == "paper" and not config.corpus.evaluation:
-        raise UserError("train.selection: paper wants corpus.evaluation, to choose a pass by")
     names = read_names(config.classes.names, repeats=config.classes.repeats)
     if config.classes.vectors:
         stored = ClassVectors.load(Path(config.classes.vectors))
@@ -37,6 +35,12 @@ def check(config: RunConfig) -> tuple[str, ...]:
             f"corpus.evaluation ({config.corpus.evaluation}) has labels up to "
             f"{corpora['evaluation'].largest_label}"
         )
+    if config.train.selection == "paper":
+        if "evaluation" not in corpora or corpora["evaluation"].largest_label < 0:
+            raise UserError(
+                "train.selection: paper chooses a pass by corpus.evaluation, which is to have "
+                "labels (.cls); with preset=paper, --train.selection last does without"
+            )
     for name, corpus in corpora.items():
         for shard in corpus.incomplete:
             say(f"warning: corpus.{name}: {shard} has no end mark; it may have lost its tail")

@@ -1,14 +1,19 @@
 """Distils a teacher into a student over unlabeled images, and writes a run folder."""
 
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.config import RunConfig, Section, to_dict
 from engine.parse import Flat, parse
 from jobs.cli import PRESETS, run
+from jobs.seeds import mean, parse_seeds, spread
 from jobs.table import scores
+
+MODELS = ("student_before", "student_after", "teacher")
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,13 @@ class DistillConfig(Section):
     """
 
     run: Flat[RunConfig]
+    seeds: str = ""
+    """Seeds like 1,2,3: a run for each, in NAME/seed-1 and so on; tells their mean and spread."""
     dry_run: bool = False
     """Print the resolved config and stop."""
 
 
-def main(args: Sequence[str]) -> None:
+def main(args: Sequence[str]) -> int:
     asked = parse(
         DistillConfig,
         args,
@@ -32,26 +39,61 @@ def main(args: Sequence[str]) -> None:
         presets=PRESETS / "distill",
     )
     config = asked.run
+    seeds = parse_seeds(asked.seeds) if asked.seeds else ()
     if asked.dry_run:
         print(json.dumps(to_dict(config), indent=2))
-        return
+        return 0
     from engine.run import distill
 
-    summary = distill(config)
-    print(table(summary))
-    print(f"run folder: {config.folder}")
+    if not seeds:
+        print(table(distill(config)))
+        print(f"run folder: {config.folder}")
+        return 0
+    summaries, failures = [], []
+    for seed in seeds:
+        print(f"seed {seed}", file=sys.stderr)
+        try:
+            summaries.append(distill(of_seed(config, seed)))
+        except RuntimeError as error:  # the other seeds are to be told of, too
+            failures.append(f"seed {seed} failed: {error}")
+    if summaries:
+        path = config.folder / "seeds.json"
+        told = {"seeds": seeds, "mean": mean(summaries), "spread": spread(summaries)}
+        path.write_text(json.dumps(told | {"failures": failures}, indent=2) + "\n")
+        print(table(mean(summaries), spread(summaries)))
+        print(f"mean and standard deviation of {len(summaries)} seeds: {path}")
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
 
 
-def table(summary: dict) -> str:
-    """The scores of a run, in percent, and its speed."""
-    lines = [scores(summary, ("student_before", "student_after", "teacher"))]
+def of_seed(config: RunConfig, seed: int) -> RunConfig:
+    """The run of one of several seeds."""
+    return dataclasses.replace(config, seed=seed, runs_dir=str(config.folder), name=f"seed-{seed}")
+
+
+def table(summary: Mapping[str, Any], deviation: Mapping[str, Any] | None = None) -> str:
+    """The scores of a run, in percent, its speed, and which weights it kept."""
     wait = summary["wait_fraction"]
-    lines.append(
+    lines = [
+        scores(summary, MODELS, deviation),
         f"{summary['samples']:,.0f} images in {summary['steps']:,.0f} steps, "
         f"{summary['images_per_second']:,.1f} images/s; waited {100 * wait['labels']:.1f} % of the "
-        f"time for labels, {100 * wait['data']:.1f} % for data"
-    )
+        f"time for labels, {100 * wait['data']:.1f} % for data",
+        _selected(summary),
+    ]
     return "\n".join(lines)
+
+
+def _selected(summary: Mapping[str, Any]) -> str:
+    selection, rollbacks = summary["selection"], summary["rollbacks"]
+    told = "weights: the last"
+    if selection["rule"] == "paper":
+        told = (
+            f"weights: of pass {selection['pass'] + 1:g}, whose base accuracy on the evaluation "
+            f"images is the best ({selection['base']:.2f} %), as the paper chooses"
+        )
+    return told + (f"; rolled back {len(rollbacks)} times" if rollbacks else "")
 
 
 if __name__ == "__main__":

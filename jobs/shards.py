@@ -20,17 +20,17 @@ class ShardsConfig(Section):
     """Packs images into WebDataset shards, in a shuffled order that never changes.
 
     Sub-folders are taken as classes (`_` reads as a blank): their labels are kept for evaluation
-    alone, and `out`/classes.txt names them. `promptkd index OUT` is the next step. With --dataset,
-    `out` gets a folder a split: train, val and test, those that the data set has.
+    alone, and OUT/classes.txt names them. `promptkd index OUT` is the next step. With --dataset,
+    OUT gets a folder a split: train, val and test, those that the data set has.
     """
 
-    images: Positional[str]
-    """Folder of JPEG, PNG or WebP images. With --dataset: the folder that holds eurosat/ and so on,
-    as CoOp's DATASETS.md lays them out."""
-    out: Positional[str]
-    """Folder to write the shards to."""
+    places: Positional[tuple[str, ...]] = ()
+    """IMAGES OUT: folder of JPEG, PNG or WebP images, and folder to write the shards to. With
+    --dataset: OUT alone, which by default is the data set's name."""
     dataset: DatasetName | None = None
     """Data set of the paper, with CoOp's splits."""
+    root: str = ""
+    """With --dataset: folder that holds eurosat/ and so on, as CoOp's DATASETS.md lays them out."""
     partial: bool = False
     """Use a data set that is not of its published size."""
     classes: str = ""
@@ -45,18 +45,23 @@ def main(args: Sequence[str]) -> None:
     config = parse(ShardsConfig, args, prog="promptkd shards")
     if config.dataset and config.classes:
         raise UserError("classes: a data set has its own class names; leave out one of the two")
-    if config.partial and not config.dataset:
-        raise UserError("partial: is only for a data set; name it with --dataset")
-    out = Path(config.out)
+    if (config.partial or config.root) and not config.dataset:
+        field = "root" if config.root else "partial"
+        raise UserError(f"{field}: is only for a data set; name it with --dataset")
     if config.dataset:
-        _pack_dataset(config, config.dataset, out)
+        if not config.root or len(config.places) > 1:
+            raise UserError("root: name the folder of data sets by --root DIR, and then one OUT")
+        _pack_dataset(config, config.dataset, Path(*config.places or (config.dataset,)))
         return
+    if len(config.places) != 2:
+        raise UserError("images: name a folder of images, and then the folder to write to")
+    images, out = map(Path, config.places)
     from engine.clip.names import read_names
     from engine.data.shards import write_shards
 
     class_names = read_names(config.classes, "classes") if config.classes else None
     shards, names, left_out = write_shards(
-        Path(config.images), out, class_names, config.samples, config.skip_invalid
+        images, out, class_names, config.samples, config.skip_invalid
     )
     if names:
         _write_names(names, out)
@@ -64,7 +69,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _pack_dataset(config: ShardsConfig, dataset: DatasetName, out: Path) -> None:
-    found = read_dataset(dataset, Path(config.images), config.partial)
+    found = read_dataset(dataset, Path(config.root), config.partial)
     from engine.data.shards import write_splits
 
     written = write_splits(found, out, config.samples, config.skip_invalid)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from engine.config import RunConfig, Section, UserError, absolute, to_dict
 from engine.parse import Flat, parse
-from jobs.cli import run
+from jobs.cli import PRESETS, run
+from jobs.seeds import parse_seeds
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class SubmitConfig(Section):
     """
 
     run: Flat[RunConfig]
+    seeds: str = ""
+    """Seeds like 1,2,3: a run for each, as of `promptkd distill`."""
     address: str = ""
     """Jobs address, http://HOST:8265. Empty: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."""
     python: str = "python"
@@ -32,16 +35,21 @@ class SubmitConfig(Section):
 
 
 def main(args: Sequence[str]) -> int:
-    asked = parse(SubmitConfig, args, prog="promptkd submit", from_files=True)
+    asked = parse(
+        SubmitConfig, args, prog="promptkd submit", from_files=True, presets=PRESETS / "distill"
+    )
     address = asked.address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     config = absolute(asked.run)
+    if asked.seeds:
+        parse_seeds(asked.seeds)
     with tempfile.TemporaryDirectory() as upload:
         for package in ("engine", "kernels", "jobs"):
             source = Path(__file__).parent.parent / package
             ignored = shutil.ignore_patterns("__pycache__", "models")
             shutil.copytree(source, Path(upload) / package, ignore=ignored)
         (Path(upload) / "run.json").write_text(json.dumps(to_dict(config)))
-        entrypoint = shlex.join([asked.python, "-m", "jobs.distill", "run.json"])
+        words = [asked.python, "-m", "jobs.distill", "run.json"]
+        entrypoint = shlex.join([*words, *(["--seeds", asked.seeds] if asked.seeds else [])])
         return asyncio.run(_follow(address, upload, entrypoint))
 
 

@@ -8,11 +8,22 @@ __all__ = ["scores"]
 COLUMNS = ("base", "novel", "hm", "all", "agreement")
 
 
-def scores(summary: Mapping[str, Any], rows: Sequence[str]) -> str:
-    """Scores of a summary's models, in percent; a dash where there was nothing to count."""
-    lines = [f"{'':<18}" + "".join(f"{column:>11}" for column in COLUMNS)]
+def scores(
+    summary: Mapping[str, Any], rows: Sequence[str], spread: Mapping[str, Any] | None = None
+) -> str:
+    """Scores of a summary's models, in percent, with their spread if there is one; a dash where
+    there was nothing to count."""
+    lines = [f"{'':<16}" + "".join(f"{column:>15}" for column in COLUMNS)]
     for row in rows:
-        cells = (summary.get(row, {}).get(column) for column in COLUMNS)
-        text = "".join(f"{'-':>11}" if cell is None else f"{cell:>11.2f}" for cell in cells)
-        lines.append(f"{row.replace('_', ' '):<18}{text}")
+        deviations = spread.get(row, {}) if spread else {}
+        cells = (
+            _cell(summary.get(row, {}).get(column), deviations.get(column)) for column in COLUMNS
+        )
+        lines.append(f"{row.replace('_', ' '):<16}" + "".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
+
+
+def _cell(value: float | None, deviation: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if deviation is None else f"{value:.2f} ± {deviation:.2f}"

@@ -49,6 +49,20 @@ def test_the_newest_two_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
 
 
+def test_the_newest_good_one_is_kept_and_gone_back_to(tmp_path):
+    bad = Health(agreement=0.2, best=0.9, bad=1)
+    checkpoint.save(tmp_path, state(5))
+    for step in (6, 7, 8):
+        checkpoint.save(tmp_path, dataclasses.replace(state(step), health=bad))
+    names = ["step-00000005", "step-00000007", "step-00000008"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert same(checkpoint.load_latest(tmp_path), dataclasses.replace(state(8), health=bad))
+    assert checkpoint.roll_back(tmp_path) == 5
+    assert same(checkpoint.load_latest(tmp_path), state(5))
+    assert checkpoint.roll_back(tmp_path, unless=5) == 0
+    assert checkpoint.load_latest(tmp_path) is None
+
+
 def test_a_step_that_comes_again_replaces_itself(tmp_path):
     checkpoint.save(tmp_path, state(5))
     later = dataclasses.replace(state(5), train_s=99.0)

@@ -90,24 +90,24 @@ def test_templates_have_one_place_for_the_name():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_whatever_is_missing_is_named(name, tmp_path):
-    with pytest.raises(UserError, match=rf"^images: {tmp_path}/none is missing"):
+    with pytest.raises(UserError, match=rf"^root: {tmp_path}/none is missing"):
         read_dataset(name, tmp_path / "none")
     home = tmp_path / DATASETS[name].home
     hint = re.escape(f"(CoOp's DATASETS.md: {DATASETS[name].source})")
-    with pytest.raises(UserError, match=rf"^images: {home} is missing: .* {hint}"):
+    with pytest.raises(UserError, match=rf"^root: {home} is missing: .* {hint}"):
         read_dataset(name, tmp_path)
     tree = plant(name, tmp_path)
     lists = [file for file in home.iterdir() if file.suffix in (".json", ".txt")]
     assert lists
     for file in lists:
         file.rename(home / "away")
-        with pytest.raises(UserError, match=rf"^images: {file} is missing .*{hint}"):
+        with pytest.raises(UserError, match=rf"^root: {file} is missing .*{hint}"):
             read_dataset(name, tmp_path, partial=True)
         (home / "away").rename(file)
     folders = {file.relative_to(home).parts[0] for file in tree.splits["test"]}
     for folder in folders:
         shutil.rmtree(home / folder)
-    with pytest.raises(UserError, match=rf"^images: {home}/.* is missing.*{hint}"):
+    with pytest.raises(UserError, match=rf"^root: {home}/.* is missing.*{hint}"):
         read_dataset(name, tmp_path, partial=True)
 
 
@@ -118,7 +118,7 @@ def test_missing_images_are_counted(name, tmp_path):
     for file in gone:
         file.unlink()
     total = sum(map(len, tree.splits.values()))
-    told = rf"^images: {gone[0]} is missing; of the {total} images of the splits, 3 are not there"
+    told = rf"^root: {gone[0]} is missing; of the {total} images of the splits, 3 are not there"
     with pytest.raises(UserError, match=told):
         read_dataset(name, tmp_path, partial=True)
 
@@ -154,10 +154,10 @@ def test_a_malformed_split_is_named(content, complaint, tmp_path):
     plant("eurosat", tmp_path)
     file = tmp_path / "eurosat/split_zhou_EuroSAT.json"
     file.write_text(content)
-    with pytest.raises(UserError, match=rf"^images: {file}.*{re.escape(complaint)}"):
+    with pytest.raises(UserError, match=rf"^root: {file}.*{re.escape(complaint)}"):
         read_dataset("eurosat", tmp_path, partial=True)
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=rf"^images: {file} cannot be read"):
+    with pytest.raises(UserError, match=rf"^root: {file} cannot be read"):
         read_dataset("eurosat", tmp_path, partial=True)
 
 
@@ -169,7 +169,7 @@ def test_a_class_that_has_no_name_is_named(tmp_path):
     ):
         plant(name, tmp_path)
         (tmp_path / folder).mkdir()
-        with pytest.raises(UserError, match=rf"^images: {tmp_path / folder}.*{complaint}"):
+        with pytest.raises(UserError, match=rf"^root: {tmp_path / folder}.*{complaint}"):
             read_dataset(name, tmp_path, partial=True)
     plant("fgvc_aircraft", tmp_path)
     with open(tmp_path / "fgvc_aircraft/images_variant_test.txt", "a") as file:
@@ -187,7 +187,7 @@ def test_class_names_that_cannot_be_read_are_named(tmp_path):
         ("n01440764 tench\nn01440764 trout\n", ", line 2: is to be a new folder"),
     ):
         file.write_text(content)
-        with pytest.raises(UserError, match=rf"^images: {file}{complaint}"):
+        with pytest.raises(UserError, match=rf"^root: {file}{complaint}"):
             read_dataset("imagenet_r", tmp_path, partial=True)
 
 
@@ -199,7 +199,7 @@ def test_validation_images_that_were_not_sorted_are_told_of(tmp_path):
         file.rename(flat / f"ILSVRC2012_val_{number:08d}.JPEG")
     for folder in [path for path in flat.iterdir() if path.is_dir()]:
         shutil.rmtree(folder)
-    with pytest.raises(UserError, match=rf"^images: {flat}: .*in a folder a class"):
+    with pytest.raises(UserError, match=rf"^root: {flat}: .*in a folder a class"):
         read_dataset("imagenet", tmp_path, partial=True)
 
 

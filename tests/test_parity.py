@@ -1,9 +1,14 @@
 """Equal to the reference, by its own numbers (parity.npz), through the product's own code."""
 
+import sys
+from pathlib import Path
+
 import pytest
+import ray.train
 import torch
 from distributed import run_distributed
 from parity import DEPTH, Parity, assert_near
+from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from engine.clip.class_vectors import encode_classes, own_templates
@@ -71,20 +76,21 @@ def take_two_steps(
     return losses, [features[:2], gradients], weights, test_features
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_student_learns_the_same(parity, world):
-    """Loss, features, gradients, and all that is learned, by DeepSpeed on one worker and two."""
-    start = parity.student_start()
-    results = run_distributed(
-        take_two_steps,
-        world,
+@pytest.fixture(scope="module")
+def learning(parity):
+    """What take_two_steps() is to be told."""
+    return (
         parity.student,
-        start,
+        parity.student_start(),
         parity["images"],
         parity["out/teacher_text_features"],
         parity["out/teacher_logits"],
     )
-    tolerance = 1e-5 if world == 1 else 1e-4
+
+
+def require_the_references_steps(parity: Parity, results: list, tolerance: float) -> None:
+    """Loss, features, gradients, and all that is learned, of what each rank tells."""
+    world = len(results)
     for step in range(2):
         loss = sum(result[0][step] for result in results) / 6
         assert_near(loss, parity[f"out/step{step}/loss"], tolerance)
@@ -104,6 +110,39 @@ def test_student_learns_the_same(parity, world):
     assert wanted.keys() == results[0][2].keys()
     # The reference's own rounding, twice amplified: its prompts are 5e-6 from those of float64.
     assert_near(results[0][3], parity["out/after2/eval_features"], max(tolerance, 2e-5))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_student_learns_the_same(parity, learning, world):
+    results = run_distributed(take_two_steps, world, *learning)
+    require_the_references_steps(parity, results, 1e-5 if world == 1 else 1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("world", [1, 2])
+def test_student_learns_the_same_under_ray(parity, learning, world, tmp_path):
+    def work(told: dict) -> None:
+        sys.path.insert(0, told["tests"])
+        import test_parity
+
+        rank = ray.train.get_context().get_world_rank()
+        result = test_parity.take_two_steps(rank, told["world"], *told["learning"])
+        torch.save(result, f"{told['folder']}/{rank}.pt")
+
+    told = {"tests": str(Path(__file__).parent), "world": world, "learning": learning}
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=told | {"folder": str(tmp_path)},
+        scaling_config=ray.train.ScalingConfig(num_workers=world),
+        run_config=ray.train.RunConfig(name="parity", storage_path=str(tmp_path / "ray")),
+    )
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        trainer.fit()
+    finally:
+        ray.shutdown()
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    require_the_references_steps(parity, results, 1e-4)
 
 
 def test_trained_student(parity):

@@ -58,10 +58,20 @@ def percent(row: str) -> list[float | None]:
 def test_a_data_set_from_its_folder_to_its_scores(tmp_path, capsys):
     tree = plant("eurosat", tmp_path / "data")
     out = tmp_path / "euro sat"
-    assert promptkd("shards", tmp_path / "data", out, "--dataset", "eurosat") == 2
+    assert promptkd("shards", "--root", tmp_path / "data", out, "--dataset", "eurosat") == 2
     told = capsys.readouterr().err
     assert "classes 3 instead of 10; train 6 instead of 13,500" in told and "--partial" in told
-    words = ["shards", tmp_path / "data", out, "--dataset", "eurosat", "--partial", "--samples", 4]
+    words = [
+        "shards",
+        "--root",
+        tmp_path / "data",
+        out,
+        "--dataset",
+        "eurosat",
+        "--partial",
+        "--samples",
+        4,
+    ]
     assert promptkd(*words) == 0
     told = capsys.readouterr()
     assert "warning" in told.err
@@ -117,7 +127,7 @@ def test_labels_may_count_in_another_list_of_classes(tmp_path, capsys):
     bundle = random_bundle(tmp_path, names)
     tree = plant("imagenet_a", tmp_path / "data")
     out = tmp_path / "out"
-    words = ["shards", tmp_path / "data", out, "--dataset", "imagenet_a", "--partial"]
+    words = ["shards", "--root", tmp_path / "data", out, "--dataset", "imagenet_a", "--partial"]
     assert promptkd(*words) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert promptkd("index", out / "test") == 0
@@ -152,6 +162,6 @@ def test_options_of_a_data_set_that_do_not_fit_are_named(images_folder, tmp_path
     words = ["--dataset", "dtd", "--classes", "names.txt"]
     assert promptkd("shards", images_folder, out, *words) == 2
     assert "classes: a data set has its own" in capsys.readouterr().err
-    assert promptkd("shards", images_folder, out, "--dataset", "dtd") == 2
-    assert f"images: {images_folder}/dtd is missing" in capsys.readouterr().err
+    assert promptkd("shards", "--root", images_folder, out, "--dataset", "dtd") == 2
+    assert f"root: {images_folder}/dtd is missing" in capsys.readouterr().err
     assert not out.exists()

@@ -1,5 +1,6 @@
 """A worker without Ray: an inline run, its end, and its resumption."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -58,6 +59,20 @@ def run(rank: int, world: int, model: str, corpus: str, runs: str) -> dict:
     return work(Task(config, classes, classes, ()), torch.device("cpu"))
 
 
+def run_with(rank: int, world: int, model: str, corpus: str, runs: str, changes: dict) -> dict:
+    """As run(), with other settings of `train`."""
+    config = config_of(model, corpus, runs)
+    train = dataclasses.replace(config.train, **changes)
+    config = dataclasses.replace(config, train=train)
+    classes = encode_classes(load_clip(model, "", "teacher."), NAMES, ("{}",))
+    return work(Task(config, classes, None, ()), torch.device("cpu"))
+
+
+def records(runs: Path | str, kind: str) -> list[dict]:
+    lines = (Path(runs) / "run" / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
 def run_apart(rank: int, world: int, model: str, corpus: str, runs: str) -> str:
     """Rank 1 has a run folder of its own, without checkpoints."""
     try:
@@ -99,7 +114,7 @@ def test_a_run_cut_off_ends_as_one_that_was_not(finished, tmp_path):
     ends = [Bundle.load(folder / "bundle.safetensors") for folder in (whole, tmp_path / "run")]
     for name, tensor in ends[0].learned.items():
         assert torch.equal(tensor, ends[1].learned[name]), name
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    steps = [record["step"] for record in records(tmp_path, "train")]
     assert steps == [2, 4, 6, 8, 9, 9], "it went on from step 8"
 
 
@@ -107,3 +122,49 @@ def test_workers_that_see_different_folders_are_stopped(finished):
     (model, corpus, runs), _ = finished
     for told in run_distributed(run_apart, 2, model, corpus, runs):
         assert "runs_dir must be one folder for all nodes" in told
+
+
+def test_a_collapsed_student_goes_back_and_on(corpus_folder, tmp_path):
+    """A learning rate far too high: it diverges, and goes on from where it was good, at half of
+    it; both workers agree on when."""
+    model = clip_folder(tmp_path / "clip")
+    (tmp_path / "run").mkdir()
+    changes = {"lr": 1000.0, "passes": 12, "warmup_steps": 6, "checkpoint_steps": 6, "rollbacks": 9}
+    told = run_distributed(run_with, 2, model, str(corpus_folder), str(tmp_path), changes)
+    assert told[0]["rollbacks"] == told[1]["rollbacks"] != []
+    assert told[0]["steps"] == 36
+    assert told[0]["ledger"] == {"seen": 288, "trained": 288, "skipped": {}, "pending": 0}
+    notices = [record["text"] for record in records(tmp_path, "notice")]
+    assert "the student has collapsed: " in notices[0]
+    rates: dict[int, list[float]] = {}
+    for record in records(tmp_path, "train"):
+        rates.setdefault(record["step"], []).append(record["lr"])
+    first = told[0]["rollbacks"][0]["to_step"]
+    assert f"going on from step {first} at 1/2 of its learning rate" in notices[1]
+    assert rates[first + 2][1] == rates[first + 2][0] / 2
+
+
+def test_a_student_that_collapses_too_often_is_given_up(corpus_folder, tmp_path):
+    """Weights so large that nothing is finite any more; the bundle is not written."""
+    model = clip_folder(tmp_path / "clip")
+    (tmp_path / "run").mkdir()
+    changes = {"lr": 1e30, "passes": 4, "warmup_steps": 0, "rollbacks": 1}
+    (told,) = run_distributed(run_with, 1, model, str(corpus_folder), str(tmp_path), changes)
+    assert told.keys() == {"collapsed"} and told["collapsed"]
+    assert len(json.loads((tmp_path / "run" / "rollbacks.json").read_text())) == 1
+    assert not (tmp_path / "run" / "bundle.safetensors").exists()
+
+
+def test_the_best_pass_is_kept_if_the_paper_is_to_be_followed(corpus_folder, tmp_path):
+    model = clip_folder(tmp_path / "clip")
+    (tmp_path / "run").mkdir()
+    changes = {"selection": "paper", "passes": 4, "lr": 2.0}
+    told = run_distributed(run_with, 2, model, str(corpus_folder), str(tmp_path), changes)
+    selection, score = told[0]["selection"], told[0]["scores"]["student_after"]
+    assert selection == told[1]["selection"] and selection["rule"] == "paper"
+    passes = records(tmp_path, "pass")
+    assert [record["pass_"] for record in passes] == [0, 1, 2, 3]
+    best = max(record["student"]["base"] for record in passes)
+    first = next(r["pass_"] for r in passes if r["student"]["base"] == best)
+    assert (selection["pass"], selection["base"]) == (first, best)
+    assert score["base"] == pytest.approx(best)

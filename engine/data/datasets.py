@@ -66,18 +66,18 @@ def read_dataset(name: DatasetName, root: Path, partial: bool = False) -> Found:
     """
     dataset = DATASETS[name]
     if not root.is_dir():
-        raise UserError(f"images: {root} is missing: the folder that holds {dataset.home}/")
+        raise UserError(f"root: {root} is missing: the folder that holds {dataset.home}/")
     home = root / dataset.home
     try:
         if not home.is_dir():
             raise UserError(f"{home} is missing: the folder of {name}")
         found = dataset.read(home)
     except UserError as error:
-        raise UserError(f"images: {error} (CoOp's DATASETS.md: {dataset.source})") from None
+        raise UserError(f"root: {error} (CoOp's DATASETS.md: {dataset.source})") from None
     if wrong := dataset.differences(_counts(found, -(-dataset.classes // 2))):
         told = f"{home} is not of the published size: {'; '.join(wrong)}"
         if not partial:
-            raise UserError(f"images: {told}; pass --partial to use it all the same")
+            raise UserError(f"root: {told}; pass --partial to use it all the same")
         say(f"warning: {told}")
     return found
 

@@ -68,11 +68,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def roll_back(folder: Path) -> int:
-    """Removes the checkpoints after the newest good one; gives its step, 0 where there is none."""
+def roll_back(folder: Path, unless: int | None = None) -> int:
+    """Removes the checkpoints after the newest good one; gives its step, 0 where there is none.
+
+    One of step `unless` does not count as good.
+    """
     for path in reversed(_steps(folder)):
         state = _state(path)
-        if state["good"]:
+        if state["good"] and state["step"] != unless:
             return state["step"]
         shutil.rmtree(path)
     return 0

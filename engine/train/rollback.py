@@ -31,7 +31,9 @@ def take(folder: Path, why: str, most: int, rank: int) -> bool:
         recorder = Recorder(folder)
         recorder.record("notice", text=f"the student has collapsed: {why}")
         if goes:
-            step = checkpoint.roll_back(folder / "checkpoints")
+            # Where the student collapsed again at once, its last good state was good no more.
+            failed = before[-1]["to_step"] if before else None
+            step = checkpoint.roll_back(folder / "checkpoints", unless=failed)
             partial = folder / "rollbacks.json.tmp"
             partial.write_text(json.dumps([*before, {"why": why, "to_step": step}], indent=2))
             partial.replace(folder / "rollbacks.json")

@@ -8,6 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.telemetry import Recorder
+
 __all__ = ["Selection"]
 
 
@@ -24,10 +26,18 @@ class Selection:
         with safe_open(self._file, "pt") as file:
             return {"rule": self.rule} | json.loads(file.metadata()["selection"])
 
-    def offer(self, pass_: int, base: float, weights: dict[str, Tensor], rank: int) -> None:
-        """Rank 0 keeps the weights after a pass if their base accuracy beats all before."""
-        if rank == 0 and base > self.statement().get("base", -1.0):
-            about = json.dumps({"pass": pass_, "base": base})
+    def offer(
+        self, pass_: int, score: dict[str, float], weights: dict[str, Tensor], rank: int
+    ) -> None:
+        """Rank 0 records the scores after a pass, and keeps its weights if their base accuracy
+        beats all before."""
+        if rank != 0:
+            return
+        recorder = Recorder(self._file.parent)
+        recorder.record("pass", pass_=pass_, student=score)
+        recorder.close()
+        if score["base"] > self.statement().get("base", -1.0):
+            about = json.dumps({"pass": pass_, "base": score["base"]})
             partial = self._file.with_name(self._file.name + ".tmp")
             save_file(weights, partial, {"selection": about})
             partial.replace(self._file)

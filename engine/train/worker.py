@@ -97,7 +97,7 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
                 weights, _ = trainer.state()
                 student = _bundle(config, clip, classes, weights).attached(clip, device)
                 told, _ = scores({"student": student}, None)
-                selected.offer(pass_, told["student"]["base"], weights, rank)
+                selected.offer(pass_, told["student"], weights, rank)
 
         shards = corpora["shards"]
         trained = train(
