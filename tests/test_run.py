@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -14,12 +16,15 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.clip.bundle import Bundle
+from engine.clip.class_vectors import ClassVectors
 from engine.config import RunConfig, UserError, to_dict
 from engine.data.shards import index_shard, write_manifest, write_shards
 from engine.parse import parse
 from engine.run import distill
+from jobs import cli
 from jobs.quickstart import HERE
 from jobs.quickstart.domain import CLASSES, write_images
 
@@ -226,3 +231,80 @@ def test_class_vectors_of_another_teacher_are_refused(domain, local_ray, tmp_pat
     with pytest.raises(UserError, match=r"classes\.vectors: .*w\.safetensors was made by another"):
         distill(config_of(domain, tmp_path, "other", "--classes.vectors", str(vectors)))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.ray
+def test_a_tuned_teacher_is_distilled_by_several_seeds(domain, local_ray, tmp_path, capsys):
+    """Stage I, then stage II with the prompts that it learned, in the actors of the stream."""
+    shots = write_shards(domain / "test_images", tmp_path / "shots", CLASSES, 100, False)[0]
+    write_manifest(tmp_path / "shots", [index_shard(path) for path in shots])
+    words = {
+        "name": "teacher",
+        "runs_dir": tmp_path,
+        "corpus.shards": tmp_path / "shots",
+        "corpus.shots": 2,
+        "classes.names": domain / "classes.txt",
+        "teacher.model": f"local-dir:{HERE / 'models' / 'teacher'}",
+        "prompts.depth": 2,
+        "train.passes": 2,
+        "train.average_mean": 2,
+    }
+    flags = [str(word) for field, value in words.items() for word in (f"--{field}", value)]
+    assert cli.main(["pretrain", *flags]) == 0
+    stage_one = json.loads((tmp_path / "teacher" / "summary.json").read_text())
+    assert (stage_one["images"], stage_one["classes"]) == (48, 24)
+
+    config = config_of(domain, tmp_path, "students", "--train.selection", "paper")
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(to_dict(config)))
+    prompts = str(tmp_path / "teacher" / "prompts.safetensors")
+    capsys.readouterr()
+    words = ["distill", str(file), "--seeds", "1,2", "--teacher.prompts", prompts]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    summaries = [
+        json.loads((tmp_path / "students" / f"seed-{seed}" / "summary.json").read_text())
+        for seed in (1, 2)
+    ]
+    hms = [summary["student_after"]["hm"] for summary in summaries]
+    mean, deviation = statistics.mean(hms), statistics.stdev(hms)
+    assert f"{mean:.2f} ± {deviation:.2f}" in told and "as the paper chooses" in told
+    stored = json.loads((tmp_path / "students" / "seeds.json").read_text())
+    assert stored["mean"]["student_after"]["hm"] == pytest.approx(mean)
+    assert stored["spread"]["student_after"]["hm"] == pytest.approx(deviation)
+    bundle = Bundle.load(tmp_path / "students" / "seed-2" / "bundle.safetensors")
+    vectors = ClassVectors.load(tmp_path / "teacher" / "class_vectors.safetensors")
+    assert bundle.teacher == vectors.teacher
+    torch.testing.assert_close(bundle.w_ND, torch.from_numpy(vectors.vectors), rtol=0, atol=1e-3)
+
+
+@pytest.mark.ray
+def test_a_student_that_cannot_learn_is_given_up_with_a_word(domain, local_ray, tmp_path):
+    flags = ("--train.optimizer", "sgd", "--train.lr", "1e30", "--train.rollbacks", "1")
+    config = config_of(domain, tmp_path, "lost", *flags)
+    with pytest.raises(RuntimeError, match=r"has collapsed, after 1 roll-backs: .*train\.lr"):
+        distill(config)
+    ledger = json.loads((config.folder / "ledger.json").read_text())
+    assert ledger["pending"] > 0
+    assert not (config.folder / "bundle.safetensors").exists()
+
+
+@pytest.mark.ray
+def test_logit_scales_that_differ_wildly_are_refused(domain, local_ray, tmp_path):
+    """One model was never trained: its scale is not of the other's kind."""
+    folder = tmp_path / "student"
+    shutil.copytree(HERE / "models" / "student", folder)
+    state = load_file(folder / "open_clip_model.safetensors")
+    state["logit_scale"] = torch.tensor(1.0).log()
+    save_file(state, folder / "open_clip_model.safetensors")
+    flags = ("--student.model", f"local-dir:{folder}")
+    with pytest.raises(
+        UserError, match=r"^student\.weights: the logit scale of .* is 1, .*teacher"
+    ):
+        distill(config_of(domain, tmp_path, "scales", *flags))
+
+
+def test_a_list_of_seeds_is_checked(capsys):
+    for seeds, complaint in (("1,x", "is not a list of numbers"), ("2,2", "names a seed twice")):
+        assert cli.main(["distill", "--name", "a", "--seeds", seeds]) == 2
+        assert complaint in capsys.readouterr().err

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from engine.clip.class_vectors import ClassVectors
 from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, Clip, load_clip
 from engine.config import UserError
+from engine.tensor_files import write_tensors
 from kernels.reference import logits
 
 __all__ = ["Bundle", "Predictor"]
@@ -98,12 +98,9 @@ class Bundle:
             for field in fields(self)
             if field.name not in ("learned", "class_vectors")
         }
-        tensors = {f"learned.{k}": v.detach().cpu().contiguous() for k, v in self.learned.items()}
-        tensors["class_vectors"] = self.class_vectors.cpu().contiguous()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        save_file(tensors, partial, {"bundle": json.dumps(about, ensure_ascii=False)})
-        partial.replace(path)
+        tensors = {f"learned.{name}": tensor for name, tensor in self.learned.items()}
+        tensors["class_vectors"] = self.class_vectors
+        write_tensors(path, tensors, {"bundle": json.dumps(about, ensure_ascii=False)})
 
     @classmethod
     def load(cls, path: Path, field: str = "bundle") -> "Bundle":

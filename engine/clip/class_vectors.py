@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.clip.towers import Clip
 from engine.config import UserError
+from engine.tensor_files import write_tensors
 
 __all__ = ["CHUNK", "ClassVectors", "encode_classes", "own_templates", "text_features", "tokenized"]
 
@@ -43,10 +43,8 @@ class ClassVectors:
             "teacher": self.teacher,
             "logit_scale": self.logit_scale,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        save_file({"vectors": self.vectors}, partial, {"class_vectors": json.dumps(about)})
-        partial.replace(path)
+        vectors = torch.from_numpy(self.vectors)
+        write_tensors(path, {"vectors": vectors}, {"class_vectors": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path, field: str = "classes.vectors") -> "ClassVectors":

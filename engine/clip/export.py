@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +23,7 @@ from engine.clip import promptkd_student
 from engine.clip.bundle import Bundle, Predictor
 from engine.clip.towers import LOCAL, Clip
 from engine.config import UserError
+from engine.tensor_files import write_tensors
 from kernels.reference import logits
 
 __all__ = ["Difference", "export_onnx", "export_open_clip"]
@@ -101,8 +101,8 @@ def export_open_clip(bundle: Bundle, out: Path, model: str = "", weights: str = 
         partial.mkdir()
         config = _config(clip, partial)
         (partial / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        state = {key: tensor.contiguous() for key, tensor in clip.whole.state_dict().items()}
-        save_file(state, partial / "open_clip_model.safetensors", {"format": "pt"})
+        weights_file = partial / "open_clip_model.safetensors"
+        write_tensors(weights_file, clip.whole.state_dict(), {"format": "pt"})
         bundle.save(partial / "promptkd.safetensors")
         shutil.copy(promptkd_student.__file__, partial)
         (partial / "README.md").write_text(_readme(config, len(bundle.class_names)))

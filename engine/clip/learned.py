@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import UserError
+from engine.tensor_files import write_tensors
 
 __all__ = ["LearnedPrompts", "read_prompts"]
 
@@ -60,10 +60,8 @@ class LearnedPrompts:
     def save(self, path: Path) -> None:
         """Writes atomically."""
         about = asdict(self)
-        tensors = {key: about.pop(key).contiguous() for key in ("text_KPC", "vision_KPC")}
-        partial = path.with_name(path.name + ".tmp")
-        save_file(tensors, partial, {"prompts": json.dumps(about)})
-        partial.replace(path)
+        tensors = {key: about.pop(key) for key in ("text_KPC", "vision_KPC")}
+        write_tensors(path, tensors, {"prompts": json.dumps(about)})
 
     def check(self, text: tuple[int, int], vision: tuple[int, int], where: str) -> None:
         """Raises UserError unless they fit towers of these (layers, width)."""

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from engine.tensor_files import write_tensors
 from engine.train.health import Health
 from engine.train.ledger import Ledger
 
@@ -42,8 +43,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     partial = folder / f"{final.name}.tmp"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(checkpoint.student, partial / "student.safetensors")
-    save_file(checkpoint.optimizer, partial / "optimizer.safetensors")
+    write_tensors(partial / "student.safetensors", checkpoint.student, {})
+    write_tensors(partial / "optimizer.safetensors", checkpoint.optimizer, {})
     state = {
         "step": checkpoint.step,
         "train_s": checkpoint.train_s,

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.telemetry import Recorder
+from engine.tensor_files import write_tensors
 
 __all__ = ["Selection"]
 
@@ -37,10 +38,8 @@ class Selection:
         recorder.record("pass", pass_=pass_, student=score)
         recorder.close()
         if score["base"] > self.statement().get("base", -1.0):
-            about = json.dumps({"pass": pass_, "base": score["base"]})
-            partial = self._file.with_name(self._file.name + ".tmp")
-            save_file(weights, partial, {"selection": about})
-            partial.replace(self._file)
+            about = {"selection": json.dumps({"pass": pass_, "base": score["base"]})}
+            write_tensors(self._file, weights, about)
 
     def choice(self, last: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights to keep, of which `last` are the last."""
