@@ -33,12 +33,21 @@ MODEL = {
 }
 
 
-def clip_folder(folder: Path, seed: int = 0, embed_dim: int = 8, **vision: Any) -> str:
+def clip_folder(
+    folder: Path,
+    seed: int = 0,
+    embed_dim: int = 8,
+    text: dict[str, Any] | None = None,
+    custom_text: bool = False,
+    **vision: Any,
+) -> str:
     """Writes a CLIP with random weights and a vocabulary of bytes; gives its local-dir: name."""
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(MODEL)
     model["embed_dim"] = embed_dim
     model["vision_cfg"].update(vision)
+    model["text_cfg"].update(text or {})
+    model["custom_text"] = custom_text
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         settings = {"model_cfg": model, "preprocess_cfg": {}}
