@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from engine.data.corpus import is_image
 from engine.data.shards import index_shard
 
+torch.set_num_threads(1)  # threads of models this small do little but wait for each other
+
 MODEL = {
     "embed_dim": 8,
     "vision_cfg": {
