@@ -178,7 +178,7 @@ def test_a_name_may_fill_the_context_but_not_exceed_it(clip):
     for name in (exceeds, 500 * "x"):
         with pytest.raises(UserError, match=rf"^names: n\.txt: '{name}' is too long: 'a {{}}\.' "):
             encode_classes(clip, ("cat", name), ("a {}.",), field="names: n.txt")
-    with pytest.raises(UserError, match="is too long: 'a large {}"):
+    with pytest.raises(UserError, match=r"is too long: 'a large {}"):
         encode_classes(clip, ("cat", fits), ("a {}.", "a large {}."))
 
 

@@ -65,7 +65,10 @@ def test_prompts_follow_the_rule_of_promptsrc(tmp_path, depth, custom):
     projection = built.text.text_projection if custom else built.text_projection
     ends = tokens.argmax(dim=1)
     wanted = torch.stack(
-        [by_hand(built, row, prompts)[end] @ projection for row, end in zip(tokens, ends)]
+        [
+            by_hand(built, row, prompts)[end] @ projection
+            for row, end in zip(tokens, ends, strict=True)
+        ]
     )
     features = clip.text(tokens, prompts)
     torch.testing.assert_close(features, wanted, rtol=1e-5, atol=1e-5)

@@ -245,7 +245,11 @@ def archive(path, architecture: str) -> dict[str, torch.Tensor]:
     mask = built.attn_mask
     del built.attn_mask, built.context_length, built.vocab_size
     built.attn_mask = mask  # no buffer, which a program would store among the weights
-    for constant, value in {"input_resolution": 16, "context_length": 32, "vocab_size": 514}.items():
+    for constant, value in {
+        "input_resolution": 16,
+        "context_length": 32,
+        "vocab_size": 514,
+    }.items():
         built.register_buffer(constant, torch.tensor(value))
     inputs = torch.zeros(1, 3, 16, 16).half(), torch.zeros(1, 32, dtype=torch.int64)
     with warnings.catch_warnings():

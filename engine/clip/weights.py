@@ -150,10 +150,11 @@ def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
         except SafetensorError as error:
             raise UserError(f"{field}: {path} is not a safetensors file ({error})") from None
     try:
-        if is_archive(path):
-            state = read_archive(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: Any = (
+            read_archive(path)
+            if is_archive(path)
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise UserError(f"{field}: {path} cannot be read as weights ({error})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
