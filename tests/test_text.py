@@ -9,7 +9,7 @@ from engine.clip.towers import load_clip
 from engine.config import UserError
 
 SENTENCES = ["cat", "a dog", "a photo of a bird"]
-KINDS = {  # of text towers: whether they are open_clip's own TextTransformer, and its settings
+KINDS = {  # of text towers: whether in a CustomTextCLIP, and their settings
     "clip": (False, {}),
     "custom": (True, {}),
     "both ways": (True, {"no_causal_mask": True}),
@@ -17,7 +17,7 @@ KINDS = {  # of text towers: whether they are open_clip's own TextTransformer, a
     "marked end": (True, {"pool_type": "eos", "eos_id": 513}),
     "linear": (True, {"proj_type": "linear", "proj_bias": True}),
     "no projection": (True, {"proj_type": "none"}),
-    "quick": (False, {"act_kwargs": {"approximate": "tanh"}}),
+    "another GELU": (False, {"act_kwargs": {"approximate": "tanh"}}),
 }
 
 
