@@ -5,7 +5,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from engine.data.views import ViewPolicy
 from engine.progress import Watch, say
 from engine.telemetry import Recorder
 from engine.train.evaluate import Score, evaluate, zero_shot
+from engine.train.ledger import Ledger
 from engine.train.pretrain import Average, Tuner, new_prompts
 from engine.train.schedule import epoch_rate
 
@@ -37,45 +38,51 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Learns prompts for a teacher and gives what `summary.json` says.
 
     The run folder gets `prompts.safetensors`, and `class_vectors.safetensors` of all classes.
-    Raises UserError for what the user can mend, RuntimeError where the loss is not finite.
+    Raises UserError for what the user can mend, RuntimeError where loss or prompts are not
+    finite.
     """
     started = time.perf_counter()
     config = _resolved(absolute(config))
     run_folder.check_free(config)
     names = read_names(config.classes.names, repeats=config.classes.repeats)
     learned = len(names) if config.corpus.classes == "all" else base_count(len(names))
-    corpus = Corpus.open(config.corpus.shards, _BLOCK)
-    held_out = _held_out(config, len(names))
+    corpus = _labelled(config, "shards", len(names))
+    held_out = _labelled(config, "evaluation", len(names)) if config.corpus.evaluation else None
     told, device = config.teacher, torch.device(config.device)
     clip = load_clip(told.model, told.weights, "teacher.")
     learner = new_prompts(clip, config.prompts, config.seed)
     shots = choose(corpus, learned, config.corpus.shots, config.seed, "corpus.shards")
     if shots.steps(config.train.batch) == 0:
         raise UserError(f"train.batch is {config.train.batch}, {len(shots.samples)} are chosen")
-    untuned = encode_classes(clip, names, (f"{config.prompts.words} {{}}.",))
-    folder = run_folder.create(config)
+    where = f"classes.names: {config.classes.names}"
+    untuned = encode_classes(clip, names, (f"{config.prompts.words} {{}}.",), field=where)
     say(
         f"{config.prompts.method} on {device}, towers in {told.precision}: {len(shots.samples)} "
         f"images of {learned} classes"
     )
     dtype = DTYPES[told.precision]
     tuner = Tuner(clip, learner, names[:learned], config.prompts, config.train, device, dtype)
+    folder = run_folder.create(config)
     policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
     decoder = Decoder(policy, config.device, threads=2)
     with Watch(folder / "metrics.jsonl"):
-        average = learn(tuner, shots, decoder, config, folder)
+        average, ledger = learn(tuner, shots, decoder, config, folder)
     prompts = folder / "prompts.safetensors"
     average.prompts(clip, config.prompts).save(prompts)
 
     tuned = load_clip(told.model, told.weights, "teacher.", str(prompts))
     classes = encode_classes(tuned, names, own_templates(tuned, ()))
     classes.save(folder / "class_vectors.safetensors")
+    steps = config.train.passes * shots.steps(config.train.batch)
+    statement = ledger.statement(steps * config.train.batch)
+    run_folder.write(folder / "ledger.json", statement)
     summary: dict[str, Any] = {
         "name": config.name,
         "method": config.prompts.method,
         "images": len(shots.samples),
         "classes": learned,
-        "steps": config.train.passes * shots.steps(config.train.batch),
+        "steps": steps,
+        "skipped": statement["skipped"],
     }
     if held_out:
         tuned.image.to(device, dtype)
@@ -93,8 +100,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 def learn(
     tuner: Tuner, shots: Shots, decoder: Decoder, config: PretrainConfig, folder: Path
-) -> Average:
-    """Trains the tuner's prompts, and gives their average over the passes."""
+) -> tuple[Average, Ledger]:
+    """Trains the tuner's prompts. Gives their average over the passes, and what became of the
+    samples. Raises RuntimeError where loss or prompts are not finite."""
     train, device = config.train, torch.device(config.device)
     steps = shots.steps(train.batch)
     works = (
@@ -102,13 +110,14 @@ def learn(
         for number in range(train.passes * steps)
         for pass_, step in [divmod(number, steps)]
     )
-    average = Average(train)
+    average, ledger = Average(train), Ledger()
     recorder = Recorder(folder)
     loader = Loader(shots, decoder, works, len(shots.samples), AHEAD)
     sums, images, logged = torch.zeros(3, device=device), 0, time.perf_counter()
     try:
         for decoded in loader:
             batch = decoded.to(device)
+            ledger.add(batch, batch.valid_B)
             pass_, done = batch.work.view, batch.work.step + 1
             rows = torch.from_numpy(np.flatnonzero(batch.valid_B)).to(device)
             labels_B = torch.from_numpy(batch.labels_B).to(device)[rows]
@@ -117,8 +126,11 @@ def learn(
                 images += len(rows)
             if done % train.log_steps == 0 or done % steps == 0:
                 loss, cross_entropy, accuracy = (sums / max(images, 1)).tolist()
-                if not math.isfinite(loss):
-                    raise RuntimeError(f"the loss is not finite at step {done}; lower train.lr")
+                finite = all(bool(part.isfinite().all()) for part in tuner.learner.prompts())
+                if not (finite and math.isfinite(loss)):
+                    raise RuntimeError(
+                        f"loss or prompts are not finite at step {done}; lower train.lr"
+                    )
                 now = time.perf_counter()
                 recorder.record(
                     "train",
@@ -139,7 +151,7 @@ def learn(
     finally:
         loader.close()
         recorder.close()
-    return average
+    return average, ledger
 
 
 def _resolved(config: PretrainConfig) -> PretrainConfig:
@@ -156,13 +168,14 @@ def _resolved(config: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(config, device=device, teacher=teacher)
 
 
-def _held_out(config: PretrainConfig, classes: int) -> Corpus | None:
-    if not config.corpus.evaluation:
-        return None
-    corpus = Corpus.open(config.corpus.evaluation, _BLOCK, "corpus.evaluation")
+def _labelled(
+    config: PretrainConfig, which: Literal["shards", "evaluation"], classes: int
+) -> Corpus:
+    field, where = f"corpus.{which}", getattr(config.corpus, which)
+    corpus = Corpus.open(where, _BLOCK, field)
     if corpus.largest_label >= classes:
         raise UserError(
-            f"classes.names: {config.classes.names} has {classes} names, but corpus.evaluation "
-            f"({config.corpus.evaluation}) has labels up to {corpus.largest_label}"
+            f"classes.names: {config.classes.names} has {classes} names, but {field} ({where}) "
+            f"has labels up to {corpus.largest_label}"
         )
     return corpus

@@ -47,7 +47,8 @@ def main(args: Sequence[str]) -> None:
     classes = encode_classes(clip, names, templates, known, f"names: {config.names}")
     classes.save(out)
     same = known and (known.teacher, known.templates) == (classes.teacher, templates)
-    kept = len(set(names) & set(known.names)) if known and same else 0
+    old = set(known.names) if known and same else set()
+    kept = sum(name in old for name in names)
     sentences = repr(templates[0]) if len(templates) == 1 else f"{len(templates)} sentences"
     rows, width = classes.vectors.shape
     print(

@@ -1,10 +1,13 @@
 """engine.data.corpus: opening indexed shards, and reading their blocks."""
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import spoil
 
 from engine.config import UserError
 from engine.data.corpus import MANIFEST, Corpus
@@ -149,9 +152,6 @@ def test_an_index_made_anew_is_read_anew(copy, index, encoded):
 
 
 def test_a_corpus_without_a_usable_image_is_named(tmp_path, index):
-    import io
-    import tarfile
-
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         info = tarfile.TarInfo("a.jpg")
         info.size = 5
@@ -174,3 +174,43 @@ def test_excluded_samples_keep_their_place(copy, index):
     assert after[1].data is None and after[1].label == before[1].label
     assert [after[i].data for i in (0, 2, 3)] == [before[i].data for i in (0, 2, 3)]
     assert np.array_equal(Corpus.open(str(copy), 4).blocks, corpus.blocks)
+
+
+def test_picked_samples_are_those_of_the_blocks(corpus_folder):
+    corpus = Corpus.open(str(corpus_folder), 4)
+    every = [one for block in range(len(corpus.blocks)) for one in corpus.read(block)]
+    for shard, positions in ((0, [7, 0, 3]), (1, [9]), (2, [])):
+        wanted = [one for i in positions for one in every if (one[0], one[1]) == (shard, i)]
+        assert corpus.pick(shard, positions) == wanted
+
+
+def test_labels_are_those_of_the_samples(corpus_folder):
+    corpus = Corpus.open(str(corpus_folder), 4)
+    every = [one for block in range(len(corpus.blocks)) for one in corpus.read(block)]
+    for shard in range(3):
+        wanted = [one.label for one in every if one.shard == shard]
+        assert corpus.labels(shard).dtype == np.int64
+        assert corpus.labels(shard).tolist() == wanted and None not in wanted
+
+
+def test_a_sample_that_is_excluded_or_unlabelled_has_no_label(copy, index, images_folder):
+    spoil(copy / "000000.tar", 2)
+    with tarfile.open(copy / "000003.tar", "w") as tar:
+        for name in ("a", "b"):
+            tar.add(next(images_folder.rglob("*.jpeg")), f"{name}.jpg")
+        label = tarfile.TarInfo("b.cls")
+        label.size = 2
+        tar.addfile(label, io.BytesIO(b"7\n"))
+    index(copy)
+    corpus = Corpus.open(str(copy), 4)
+    assert corpus.labels(0)[:2].tolist() == [-1, -1] and (corpus.labels(0)[2:] >= 0).all()
+    assert corpus.labels(3).tolist() == [-1, 7] and corpus.largest_label == 7
+    assert [one.reason for one in corpus.pick(0, [1, 2])] == ["format", None]
+
+
+def test_a_shard_that_changed_under_its_index_is_named(copy):
+    corpus = Corpus.open(str(copy), 4)
+    shard = copy / "000001.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match=rf"^{shard} has changed since it was indexed"):
+        corpus.labels(1)

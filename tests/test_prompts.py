@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from distributed import run_distributed
 from tiny import clip_folder
 from torch import nn
+from torch.nn import functional as F
 
 from engine.clip.prompts import GlobalBatchNorm, PromptedTower
 from engine.clip.towers import load_clip
@@ -137,3 +140,85 @@ def test_prompts_stay_fp32_around_a_half_tower(tmp_path):
     u = student(torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8))
     u[:, 0].sum().backward()
     assert u.dtype == student.prompts.dtype == student.prompts.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
+def test_activations_that_overflow_leave_the_statistics(bad):
+    """As torch's batch norm does not: one such step would spoil every evaluation after it."""
+    ours, torchs = norms(6)
+    ours(batch(10, 6, seed=1))
+    mean, var = ours.running_mean.clone(), ours.running_var.clone()
+    x = batch(10, 6, seed=2)
+    x[3, 2] = bad
+    ours(x), torchs(x)
+    assert torch.equal(ours.running_mean, mean) and torch.equal(ours.running_var, var)
+    assert not torchs.running_var.isfinite().all()
+    ours(batch(10, 6, seed=3))
+    assert not torch.equal(ours.running_mean, mean) and ours.running_var.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def student(tower):
+    return PromptedTower(tower, 2, 3, 12, 8, seed=1)
+
+
+@pytest.fixture(scope="module")
+def half(tower):
+    """The same student around the same tower in fp16."""
+    return PromptedTower(copy.deepcopy(tower).to(torch.float16), 2, 3, 12, 8, seed=1)
+
+
+def gradients(student: PromptedTower, scale: float, forward=None) -> dict[str, torch.Tensor]:
+    """Of a loss times `scale`, divided by it again, in float64."""
+    draw = torch.Generator().manual_seed(4)
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=draw)
+    u = (forward or student)(images)
+    student.zero_grad()
+    (scale * (u @ torch.randn(8, 5, generator=draw)).logsumexp(-1).sum()).backward()
+    return {name: p.grad.double() / scale for name, p in student.named_parameters()}
+
+
+def naive(student: PromptedTower):
+    """The student's forward as autograd alone would have it."""
+    return lambda images: F.normalize(
+        student.projector(student.tower(images, student.prompts).float()), dim=-1
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e-20, 1e8])
+def test_gradients_come_through_an_fp16_tower(student, half, scale):
+    """Whatever the size of the loss; without care they would be lost where it is small."""
+    wanted, got = gradients(student, 1.0), gradients(half, scale)
+    for name in wanted:
+        if name != "projector.first.bias":  # before a batch norm: nothing but rounding
+            error = (got[name] - wanted[name]).norm() / wanted[name].norm()
+            assert error < 0.03, name
+    assert half.prompts.grad.dtype == torch.float32
+    # A layer at a time, as the deeper prompts have the smaller gradients.
+    layers = zip(got["prompts"], wanted["prompts"], strict=True)
+    assert all((a - b).norm() < 0.05 * b.norm() for a, b in layers)
+
+
+def test_without_care_small_gradients_underflow(student, half):
+    lost = gradients(half, 1e-8, naive(half))["prompts"]
+    assert (lost == 0).all()
+    # At the scale of 1 it is the same mathematics.
+    plain = gradients(student, 1.0, naive(student))["prompts"]
+    assert torch.equal(plain, gradients(student, 1.0)["prompts"])
+    near = gradients(half, 1.0, naive(half))["prompts"]
+    assert (near - plain).norm() < 0.03 * plain.norm()
+
+
+def test_an_fp16_tower_hides_no_gradient_that_is_not_finite(half):
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    for bad in (float("nan"), float("inf")):
+        half.zero_grad()
+        (bad * half(images)[:, 0].sum()).backward()
+        assert not half.prompts.grad.isfinite().any()
+
+
+def test_an_fp16_tower_may_have_no_gradient_at_all(half):
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    half.zero_grad()
+    (0 * half(images)[:, 0].sum()).backward()
+    assert (half.prompts.grad == 0).all()

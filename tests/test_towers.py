@@ -1,5 +1,7 @@
 import copy
 import json
+import warnings
+import zipfile
 
 import open_clip
 import pytest
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import MODEL, clip_folder
 
 from engine.clip.towers import half_precision, load_clip
-from engine.clip.weights import vision_shape
+from engine.clip.weights import is_archive, vision_shape
 from engine.config import UserError
 
 TEXT = {key: MODEL["text_cfg"][key] for key in MODEL["text_cfg"] if key != "tokenizer_kwargs"}
@@ -231,3 +233,87 @@ def test_fingerprint_does_not_see_how_the_preprocessing_is_written(models, clip,
     config["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     assert load_clip(f"local-dir:{tmp_path}", "", "teacher.").fingerprint != clip.fingerprint
+
+
+def archive(path, architecture: str) -> dict[str, torch.Tensor]:
+    """Writes a CLIP as OpenAI does: a program in fp16, its three constants among the weights. Gives
+    these weights in fp32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        built = open_clip.create_model(architecture).eval().half().requires_grad_(False)
+    state = {key: value.float() for key, value in built.state_dict().items()}
+    mask = built.attn_mask
+    del built.attn_mask, built.context_length, built.vocab_size
+    built.attn_mask = mask  # no buffer, which a program would store among the weights
+    for constant, value in {
+        "input_resolution": 16,
+        "context_length": 32,
+        "vocab_size": 514,
+    }.items():
+        built.register_buffer(constant, torch.tensor(value))
+    inputs = torch.zeros(1, 3, 16, 16).half(), torch.zeros(1, 32, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have us trace no more
+        torch.jit.save(torch.jit.trace(built, inputs, check_trace=False), path)
+    return state
+
+
+@pytest.fixture(scope="module")
+def openai(models):
+    """An archive of `tiny-vit-quickgelu`, and its weights."""
+    for name, model in {
+        "tiny-vit-quickgelu": {**MODEL, "quick_gelu": True},
+        "tiny-wide-quickgelu": {
+            **MODEL,
+            "quick_gelu": True,
+            "vision_cfg": {**MODEL["vision_cfg"], "width": 24},
+        },
+    }.items():
+        register(models, name, model)
+    return models / "openai.pt", archive(models / "openai.pt", "tiny-vit-quickgelu")
+
+
+def test_an_archive_of_openai_loads_like_the_same_weights(openai, images, tmp_path):
+    path, state = openai
+    assert is_archive(path)
+    assert {"input_resolution", "context_length", "vocab_size"} < torch.jit.load(
+        path
+    ).state_dict().keys()
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pt")
+    assert not is_archive(tmp_path / "w.pt") and not is_archive(tmp_path / "w.safetensors")
+    one = load_clip("tiny-vit-quickgelu", str(path), "teacher.")
+    tokens = torch.randint(0, 514, (2, 32))
+    for file in ("w.safetensors", "w.pt"):
+        other = load_clip("tiny-vit-quickgelu", str(tmp_path / file), "teacher.")
+        assert one.fingerprint == other.fingerprint
+        assert torch.equal(one.image(images), other.image(images))
+        assert torch.equal(one.text(tokens), other.text(tokens))
+    assert one.image.dtype == torch.float32
+    plain = load_clip("tiny-vit", str(tmp_path / "w.safetensors"), "teacher.")
+    assert (plain.image(images) - one.image(images)).abs().max() > 1e-4  # by the other GELU
+
+
+def test_an_archive_of_openai_wants_quickgelu(openai):
+    with pytest.raises(UserError, match=r"^teacher\.model: .*: name tiny-vit-quickgelu$"):
+        load_clip("tiny-vit", str(openai[0]), "teacher.")
+
+
+def test_an_archive_of_another_shape_is_refused(openai):
+    complaint = r"^teacher\.weights: .*openai\.pt is not a checkpoint of tiny-wide-quickgelu"
+    with pytest.raises(UserError, match=complaint):
+        load_clip("tiny-wide-quickgelu", str(openai[0]), "teacher.")
+
+
+def test_a_broken_archive_is_refused(openai, tmp_path):
+    """Cut short, or with a member missing."""
+    data = openai[0].read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    with zipfile.ZipFile(openai[0]) as whole, zipfile.ZipFile(tmp_path / "lean.pt", "w") as lean:
+        for name in whole.namelist():
+            if not name.endswith("/data.pkl"):
+                lean.writestr(name, whole.read(name))
+    assert is_archive(tmp_path / "lean.pt")
+    for name in ("cut.pt", "lean.pt"):
+        with pytest.raises(UserError, match=rf"^teacher\.weights: .*{name} cannot be read"):
+            load_clip("tiny-vit-quickgelu", str(tmp_path / name), "teacher.")

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from engine.data.corpus import is_image
 from engine.data.shards import index_shard
 
+torch.set_num_threads(1)  # threads of models this small do little but wait for each other
+
 MODEL = {
     "embed_dim": 8,
     "vision_cfg": {
@@ -33,12 +35,21 @@ MODEL = {
 }
 
 
-def clip_folder(folder: Path, seed: int = 0, embed_dim: int = 8, **vision: Any) -> str:
+def clip_folder(
+    folder: Path,
+    seed: int = 0,
+    embed_dim: int = 8,
+    text: dict[str, Any] | None = None,
+    custom_text: bool = False,
+    **vision: Any,
+) -> str:
     """Writes a CLIP with random weights and a vocabulary of bytes; gives its local-dir: name."""
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(MODEL)
     model["embed_dim"] = embed_dim
     model["vision_cfg"].update(vision)
+    model["text_cfg"].update(text or {})
+    model["custom_text"] = custom_text
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         settings = {"model_cfg": model, "preprocess_cfg": {}}

@@ -149,10 +149,12 @@ def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
                 return {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
         except SafetensorError as error:
             raise UserError(f"{field}: {path} is not a safetensors file ({error})") from None
-    if is_archive(path):
-        return {key: tuple(tensor.shape) for key, tensor in read_archive(path).items()}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: Any = (
+            read_archive(path)
+            if is_archive(path)
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise UserError(f"{field}: {path} cannot be read as weights ({error})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}

@@ -180,19 +180,18 @@ class Average:
     """Gaussian average of prompts over the ends of passes (PromptSRC, section 3.2.2)."""
 
     def __init__(self, config: LearnConfig) -> None:
-        self._weights = gaussian_weights(config.passes, config.average_mean, config.average_std)
-        self._last_only = config.average_mean == 0
+        if config.average_mean:
+            self._weights = gaussian_weights(config.passes, config.average_mean, config.average_std)
+        else:
+            self._weights = [0.0] * (config.passes - 1) + [1.0]
         self._sums: list[Tensor] | None = None
 
     @torch.no_grad()
     def add(self, pass_: int, prompts: tuple[Tensor, Tensor]) -> None:
         """Takes in the prompts at the end of 0-based `pass_`."""
-        weight = 1.0 if self._last_only else self._weights[pass_]
-        parts = [weight * part.detach().float().cpu() for part in prompts]
-        if self._sums is None or self._last_only:
-            self._sums = parts
-        else:
-            self._sums = [a + b for a, b in zip(self._sums, parts, strict=True)]
+        parts = [self._weights[pass_] * part.detach().float().cpu() for part in prompts]
+        sums = self._sums or [torch.zeros_like(part) for part in parts]
+        self._sums = [a + b for a, b in zip(sums, parts, strict=True)]
 
     def prompts(self, clip: Clip, config: PromptsConfig) -> LearnedPrompts:
         assert self._sums is not None
