@@ -14,6 +14,7 @@ __all__ = [
     "Range",
     "RayConfig",
     "RunConfig",
+    "RunFailed",
     "Section",
     "StudentConfig",
     "TargetsConfig",
@@ -30,6 +31,10 @@ PATH = {"path": True}  # metadata of fields that name a file, folder or glob
 
 class UserError(ValueError):
     """The user can mend this: printed as one message, without a traceback."""
+
+
+class RunFailed(RuntimeError):
+    """A run has come to nothing; one message tells why, and no traceback is shown."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from engine import run_folder
 from engine.clip.class_vectors import encode_classes, own_templates
 from engine.clip.names import base_count, read_names
 from engine.clip.towers import DTYPES, load_clip
-from engine.config import UserError, absolute
+from engine.config import RunFailed, UserError, absolute
 from engine.config_pretrain import PretrainConfig
 from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
@@ -38,7 +38,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Learns prompts for a teacher and gives what `summary.json` says.
 
     The run folder gets `prompts.safetensors`, and `class_vectors.safetensors` of all classes.
-    Raises UserError for what the user can mend, RuntimeError where loss or prompts are not
+    Raises UserError for what the user can mend, RunFailed where loss or prompts are not
     finite.
     """
     started = time.perf_counter()
@@ -55,6 +55,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if shots.steps(config.train.batch) == 0:
         raise UserError(f"train.batch is {config.train.batch}, {len(shots.samples)} are chosen")
     where = f"classes.names: {config.classes.names}"
+    clip.text.to(device)
     untuned = encode_classes(clip, names, (f"{config.prompts.words} {{}}.",), field=where)
     say(
         f"{config.prompts.method} on {device}, towers in {told.precision}: {len(shots.samples)} "
@@ -71,6 +72,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     average.prompts(clip, config.prompts).save(prompts)
 
     tuned = load_clip(told.model, told.weights, "teacher.", str(prompts))
+    tuned.text.to(device)
     classes = encode_classes(tuned, names, own_templates(tuned, ()))
     classes.save(folder / "class_vectors.safetensors")
     steps = config.train.passes * shots.steps(config.train.batch)
@@ -91,8 +93,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             "tuned": zero_shot(tuned, classes, device),
         }
         blocks, base = range(len(held_out.blocks)), base_count(len(names))
-        tallies, _ = evaluate(models, None, held_out, blocks, decoder, base, _FORWARD, device)
+        tallies, seen = evaluate(models, None, held_out, blocks, decoder, base, _FORWARD, device)
         summary |= {name: asdict(Score.of(counts)) for name, counts in tallies.items()}
+        summary["evaluation"] = {"scored": seen.trained, "skipped": seen.skipped}
     summary["wall_s"] = time.perf_counter() - started
     run_folder.write(folder / "summary.json", summary)
     return summary
@@ -102,7 +105,7 @@ def learn(
     tuner: Tuner, shots: Shots, decoder: Decoder, config: PretrainConfig, folder: Path
 ) -> tuple[Average, Ledger]:
     """Trains the tuner's prompts. Gives their average over the passes, and what became of the
-    samples. Raises RuntimeError where loss or prompts are not finite."""
+    samples. Raises RunFailed where loss or prompts are not finite."""
     train, device = config.train, torch.device(config.device)
     steps = shots.steps(train.batch)
     works = (
@@ -128,7 +131,7 @@ def learn(
                 loss, cross_entropy, accuracy = (sums / max(images, 1)).tolist()
                 finite = all(bool(part.isfinite().all()) for part in tuner.learner.prompts())
                 if not (finite and math.isfinite(loss)):
-                    raise RuntimeError(
+                    raise RunFailed(
                         f"loss or prompts are not finite at step {done}; lower train.lr"
                     )
                 now = time.perf_counter()

@@ -12,7 +12,7 @@ from engine import cluster, run_folder
 from engine.clip.class_vectors import ClassVectors, encode_classes, own_templates
 from engine.clip.templates import read_templates
 from engine.clip.towers import Clip, load_clip
-from engine.config import RunConfig, UserError, absolute
+from engine.config import RunConfig, RunFailed, UserError, absolute
 from engine.data.corpus import open_corpora
 from engine.labels.pool import start_pool
 from engine.preflight import check
@@ -57,7 +57,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
             ray.shutdown()
     if why := told.get("collapsed"):
         run_folder.write(folder / "ledger.json", _ledger_so_far(config))
-        raise RuntimeError(
+        raise RunFailed(
             f"the student has collapsed, after {config.train.rollbacks} roll-backs: {why}. "
             "A smaller train.lr, a longer train.warmup_steps or a smaller train.kd_weight may help"
         )

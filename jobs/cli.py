@@ -36,13 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], name: str) -> int:
     """Calls a command's main. What the user can mend becomes a message and exit code 2."""
-    from engine.config import UserError
+    from engine.config import RunFailed, UserError
 
     try:
         return command(args) or 0
     except UserError as error:
         print(f"promptkd {name}: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"promptkd {name}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -72,6 +72,11 @@ def test_gaussian_weights_are_the_papers():
         assert weights[epoch - 1] == pytest.approx(wanted, rel=0.01)
 
 
+def test_a_narrow_gaussian_is_the_nearest_epochs():
+    assert gaussian_weights(4, mean=2.4, std=1e-4) == [0, 1, 0, 0]
+    assert gaussian_weights(4, mean=2.5, std=1e-4) == [0, 0.5, 0.5, 0]
+
+
 def test_effective_weight_of_the_two_reductions():
     assert effective_weight(TrainConfig(kd_weight=3, reduction="batchmean"), 10) == 3
     # The paper's numbers: 1000 on ImageNet and on EuroSAT.

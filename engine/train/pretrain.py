@@ -17,7 +17,7 @@ from engine.clip.text import TextTower
 from engine.clip.towers import Clip
 from engine.config import UserError
 from engine.config_pretrain import LearnConfig, PromptsConfig
-from engine.progress import track
+from engine.progress import say, track
 from engine.train.schedule import epoch_rate, gaussian_weights
 from kernels.reference import kl_divergence, logits
 
@@ -161,6 +161,7 @@ class Tuner:
 def text_anchor(clip: Clip, names: tuple[str, ...]) -> Tensor:
     """Zero-shot text features [N, D] fp32, unit: the mean over 60 sentences, made a unit after it
     (and not before it too, as CLIP's ensembles are)."""
+    say(f"zero-shot text features of {len(names)} classes, in 60 sentences each")
     sentences = track(ENSEMBLES["imagenet-60"], "zero-shot text features")
     features = [text_features(clip, names, sentence, "classes.names") for sentence in sentences]
     return F.normalize(torch.stack(features).mean(dim=0), dim=-1)

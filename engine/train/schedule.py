@@ -36,7 +36,8 @@ def epoch_rate(epoch: int, epochs: int, peak: float) -> float:
 def gaussian_weights(epochs: int, mean: float, std: float) -> list[float]:
     """Weights of the prompts at the end of epochs 1, 2, ... in their average; they sum to 1
     (PromptSRC, section 3.2.2)."""
-    raw = [math.exp(-0.5 * ((epoch - mean) / std) ** 2) for epoch in range(1, epochs + 1)]
+    powers = [-0.5 * ((epoch - mean) / std) ** 2 for epoch in range(1, epochs + 1)]
+    raw = [math.exp(power - max(powers)) for power in powers]  # the largest does not underflow
     return [weight / sum(raw) for weight in raw]
 
 

@@ -15,7 +15,7 @@ from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.names import base_count
 from engine.clip.prompts import PromptedTower
-from engine.clip.towers import DTYPES, Clip, load_clip
+from engine.clip.towers import DTYPES, load_clip
 from engine.clip.weights import vision_shape
 from engine.config import RunConfig, UserError
 from engine.data.corpus import open_corpora
@@ -54,133 +54,162 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
     the student was given up. Raises UserError where workers do not see the same run folder,
     RuntimeError where labels do not come.
     """
-    config, classes = task.config, task.classes
-    rank, world = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(config.student.threads)
-    clip = load_clip(config.student.model, config.student.weights, "student.")
-    clip.image.to(device, DTYPES[config.student.precision])
-    w_ND = torch.from_numpy(classes.vectors).to(device)
-
-    corpora = open_corpora(config.corpus)
-    order = Order(
-        corpora["shards"].counts,
-        config.corpus.lanes,
-        config.train.batch,
-        config.corpus.window_blocks * config.corpus.block_samples,
-        config.seed,
-    )
-    policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
-    decoder = Decoder(policy, str(device), config.student.threads)
-    base = base_count(len(classes.names))
-    selected = Selection(config.train.selection, config.folder)
-
-    def scores(models: dict[str, Model], source: TargetSource | None) -> tuple[dict, Ledger]:
-        """Of all workers together, on the evaluation images."""
-        held_out = corpora["evaluation"]
-        mine = range(rank, len(held_out.blocks), world)
-        batch = config.teacher.batch
-        tallies, ledger = evaluate(models, source, held_out, mine, decoder, base, batch, device)
-        for name, counts in tallies.items():
-            everyone = counts.to(device)
-            dist.all_reduce(everyone)
-            tallies[name] = everyone.cpu()
-        return {name: asdict(Score.of(counts)) for name, counts in tallies.items()}, merged(ledger)
-
-    def life(source: TargetSource) -> tuple[Trained, dict[str, Tensor]]:
-        """The run from its newest checkpoint to its end, and the weights it comes to."""
-        start = checkpoint.load_latest(config.folder / "checkpoints")
-        _require_one_start(start.step if start else 0, world)
-        trainer = _trainer(task, clip, w_ND, start, order, device)
-
-        def after_pass(pass_: int) -> None:
-            if selected.rule == "paper":
-                weights, _ = trainer.state()
-                student = _bundle(config, clip, classes, weights).attached(clip, device)
-                told, _ = scores({"student": student}, None)
-                selected.offer(pass_, told["student"], weights, rank)
-
-        shards = corpora["shards"]
-        trained = train(
-            trainer,
-            source,
-            shards,
-            decoder,
-            order,
-            config.train,
-            config.folder,
-            start,
-            device,
-            after_pass,
-        )
-        weights, _ = trainer.state()
-        dist.barrier()
-        return trained, selected.choice(weights)
-
-    source = _source(task, w_ND, kept(order, world), rank, device)
+    torch.set_num_threads(task.config.student.threads)
+    worker = _Worker(task, device)
     try:
+        return worker.run()
+    finally:
+        worker.source.close()
+
+
+class _Worker:
+    """What one worker has loaded, and keeps through roll-backs."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        config, self.classes = task.config, task.classes
+        self.task, self.config, self.device = task, config, device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.clip = load_clip(config.student.model, config.student.weights, "student.")
+        self.clip.image.to(device, DTYPES[config.student.precision])
+        self.w_ND = torch.from_numpy(self.classes.vectors).to(device)
+        self.corpora = open_corpora(config.corpus)
+        self.order = Order(
+            self.corpora["shards"].counts,
+            config.corpus.lanes,
+            config.train.batch,
+            config.corpus.window_blocks * config.corpus.block_samples,
+            config.seed,
+        )
+        policy = ViewPolicy(config.seed, self.clip.image.pixels, config.train.crop_scale)
+        self.decoder = Decoder(policy, str(device), config.student.threads)
+        self.selection = Selection(config.train.selection, config.folder)
+        kept_samples = kept(self.order, self.world)
+        self.source = _source(task, self.w_ND, kept_samples, self.rank, device)
+
+    def run(self) -> dict[str, Any]:
+        """All of a run; see work()."""
+        config = self.config
         while True:
             try:
-                trained, weights = life(source)
+                trained, weights = self._trained()
                 break
             except Collapse as collapse:
-                if not rollback.take(config.folder, str(collapse), config.train.rollbacks, rank):
+                most = config.train.rollbacks
+                if not rollback.take(config.folder, str(collapse), most, self.rank):
                     return {"collapsed": str(collapse)}
-        bundle = _bundle(config, clip, classes, weights)
-        if rank == 0:
+        bundle = self._bundle(weights)
+        if self.rank == 0:
             bundle.save(config.folder / "bundle.safetensors")
-        told: dict[str, Any] = {}
+        scores: dict[str, Any] = {}
         evaluation = None
-        if "evaluation" in corpora:
+        if "evaluation" in self.corpora:
             # A fresh student, as it is deployed: ZeRO may hold the trained one in parts.
-            models: dict[str, Model] = {"student_after": bundle.attached(clip, device)}
-            if task.zero_shot:
-                models["student_before"] = zero_shot(clip, task.zero_shot, device)
-            told, ledger = scores(models, source)
-            counted = ledger.statement(corpora["evaluation"].samples)
+            models: dict[str, Model] = {"student_after": bundle.attached(self.clip, self.device)}
+            if own := self.task.zero_shot:
+                models["student_before"] = zero_shot(self.clip, own, self.device)
+            scores, ledger = self._scores(models, self.source)
+            counted = ledger.statement(self.corpora["evaluation"].samples)
             evaluation = {"scored": counted["trained"], "skipped": counted["skipped"]}
-    finally:
-        source.close()
-    return {
-        "steps": trained.steps,
-        "train_s": trained.train_s,
-        "waited_labels_s": trained.waited_labels_s,
-        "waited_data_s": trained.waited_data_s,
-        "ledger": trained.ledger.statement(config.train.passes * order.samples),
-        "scores": told,
-        "evaluation": evaluation,
-        "selection": selected.statement(),
-        "rollbacks": rollback.taken(config.folder),
-    }
+        return {
+            "steps": trained.steps,
+            "train_s": trained.train_s,
+            "waited_labels_s": trained.waited_labels_s,
+            "waited_data_s": trained.waited_data_s,
+            "ledger": trained.ledger.statement(config.train.passes * self.order.samples),
+            "scores": scores,
+            "evaluation": evaluation,
+            "selection": self.selection.statement(),
+            "rollbacks": rollback.taken(config.folder),
+        }
 
+    def _trained(self) -> tuple[Trained, dict[str, Tensor]]:
+        """Trains from the newest checkpoint to the end; gives the weights to keep, too."""
+        start = checkpoint.load_latest(self.config.folder / "checkpoints")
+        _require_one_start(start.step if start else 0, self.world)
+        trainer = self._trainer(start)
+        try:
+            trained = train(
+                trainer,
+                self.source,
+                self.corpora["shards"],
+                self.decoder,
+                self.order,
+                self.config.train,
+                self.config.folder,
+                start,
+                self.device,
+                lambda pass_: self._after_pass(pass_, trainer),
+            )
+            last, _ = trainer.state()
+        finally:
+            trainer.engine.destroy()
+        dist.barrier()  # rank 0 may still be writing the pass it has selected
+        return trained, self.selection.choice(last)
 
-def _trainer(
-    task: Task,
-    clip: Clip,
-    w_ND: Tensor,
-    start: checkpoint.Checkpoint | None,
-    order: Order,
-    device: torch.device,
-) -> "StudentTrainer":
-    from engine.train.student import StudentTrainer  # the driver can do without DeepSpeed
+    def _trainer(self, start: checkpoint.Checkpoint | None) -> "StudentTrainer":
+        from engine.train.student import StudentTrainer  # the driver can do without DeepSpeed
 
-    config, (_, width) = task.config, task.classes.vectors.shape
-    told = config.student
-    hidden = told.projector_width or width
-    student = PromptedTower(clip.image, told.prompts, told.depth, hidden, width, config.seed)
-    if start:
-        student.load_state_dict(start.student)
-    trainer = StudentTrainer(
-        student.to(device),
-        w_ND,
-        clip.logit_scale,
-        config.train,
-        told.zero_stage,
-        config.train.passes * order.steps,
-        len(rollback.taken(config.folder)),
-    )
-    if start:
-        trainer.load_optimizer(start.optimizer)
-    return trainer
+        config, width = self.config, self.w_ND.shape[1]
+        student = PromptedTower(
+            self.clip.image,
+            config.student.prompts,
+            config.student.depth,
+            config.student.projector_width or width,
+            width,
+            config.seed,
+        )
+        if start:
+            student.load_state_dict(start.student)
+        trainer = StudentTrainer(
+            student.to(self.device),
+            self.w_ND,
+            self.clip.logit_scale,
+            config.train,
+            config.student.zero_stage,
+            config.train.passes * self.order.steps,
+            len(rollback.taken(config.folder)),
+        )
+        if start:
+            trainer.load_optimizer(start.optimizer)
+        return trainer
+
+    def _after_pass(self, pass_: int, trainer: "StudentTrainer") -> None:
+        if self.config.train.selection != "paper":
+            return
+        weights, _ = trainer.state()
+        student = self._bundle(weights).attached(self.clip, self.device)
+        scores, _ = self._scores({"student": student}, None)
+        self.selection.offer(pass_, scores["student"], weights, self.rank)
+
+    def _scores(
+        self, models: dict[str, Model], source: TargetSource | None
+    ) -> tuple[dict[str, Any], Ledger]:
+        """Of all workers together, on the evaluation images."""
+        held_out = self.corpora["evaluation"]
+        mine = range(self.rank, len(held_out.blocks), self.world)
+        base, batch = base_count(len(self.classes.names)), self.config.teacher.batch
+        tallies, ledger = evaluate(
+            models, source, held_out, mine, self.decoder, base, batch, self.device
+        )
+        scores = {}
+        for name, counts in tallies.items():
+            everyone = counts.to(self.device)
+            dist.all_reduce(everyone)
+            scores[name] = asdict(Score.of(everyone.cpu()))
+        return scores, merged(ledger)
+
+    def _bundle(self, weights: dict[str, Tensor]) -> Bundle:
+        return Bundle(
+            learned=weights,
+            class_vectors=torch.from_numpy(self.classes.vectors),
+            class_names=self.classes.names,
+            model=self.config.student.model,
+            weights=self.config.student.weights,
+            backbone=self.clip.fingerprint,
+            teacher=self.classes.teacher,
+            logit_scale=self.clip.logit_scale,
+            pixels=self.clip.image.pixels,
+        )
 
 
 def _require_one_start(step: int, world: int) -> None:
@@ -211,20 +240,4 @@ def _source(
         config.targets.timeout_s,
         kept_samples,
         rank,
-    )
-
-
-def _bundle(
-    config: RunConfig, clip: Clip, classes: ClassVectors, weights: dict[str, Tensor]
-) -> Bundle:
-    return Bundle(
-        learned=weights,
-        class_vectors=torch.from_numpy(classes.vectors),
-        class_names=classes.names,
-        model=config.student.model,
-        weights=config.student.weights,
-        backbone=clip.fingerprint,
-        teacher=classes.teacher,
-        logit_scale=clip.logit_scale,
-        pixels=clip.image.pixels,
     )
