@@ -13,6 +13,7 @@ __all__ = [
     "Precision",
     "Range",
     "RayConfig",
+    "Run",
     "RunConfig",
     "RunFailed",
     "Section",
@@ -240,21 +241,36 @@ class RayConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Section):
-    """Distils a teacher into a student over unlabeled images."""
+class Run(Section):
+    """What every run has: a name, a folder, a seed and a device."""
 
     name: str
     """Name of the run; its folder is runs_dir/name."""
-    preset: Literal["fast", "paper", "paper-xd"] = "fast"
-    """Settings to start from: large steps (fast), the paper's, or its cross-dataset ones."""
     runs_dir: str = path_field("runs")
     """Where run folders are kept."""
     overwrite: bool = False
     """Replace the run folder if it holds a finished or broken run."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1
-    """Of the order, the views and the student's first weights."""
+    """Of the order, the views, the first weights, and the choice of samples in stage I."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where the cluster has GPUs."""
+    """auto: cuda where there is a GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name or self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            raise UserError(f"name must be a plain folder name, got {self.name!r}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Run):
+    """Distils a teacher into a student over unlabeled images."""
+
+    preset: Literal["fast", "paper", "paper-xd"] = "fast"
+    """Settings to start from: large steps (fast), the paper's, or its cross-dataset ones."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     classes: ClassesConfig = field(default_factory=ClassesConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -265,8 +281,6 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.name or self.name in (".", "..") or "/" in self.name or "\\" in self.name:
-            raise UserError(f"name must be a plain folder name, got {self.name!r}")
         if self.corpus.lanes % self.student.workers:
             raise UserError(
                 f"corpus.lanes ({self.corpus.lanes}) must be a multiple of "
@@ -277,10 +291,6 @@ class RunConfig(Section):
                 f"train.batch ({self.train.batch}) must be a multiple of "
                 f"corpus.lanes ({self.corpus.lanes})"
             )
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.runs_dir) / self.name
 
     @property
     def views(self) -> int:

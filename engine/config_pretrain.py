@@ -1,10 +1,9 @@
 """What stage I can be told."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from engine.config import Precision, Range, Section, UserError, path_field
+from engine.config import Precision, Range, Run, Section, UserError, path_field
 
 __all__ = ["LearnConfig", "NamesConfig", "PretrainConfig", "PromptsConfig", "ShotsConfig"]
 
@@ -99,23 +98,13 @@ class LearnConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(Section):
+class PretrainConfig(Run):
     """Adapts a CLIP teacher to a domain from a few labelled images, by learning prompts."""
 
-    name: str
-    """Name of the run; its folder is runs_dir/name."""
     preset: Literal["promptsrc", "promptsrc-xd", "promptsrc-few-shot", "maple", "maple-xd"] = (
         "promptsrc"
     )
     """Settings to start from: the reference's, base-to-novel, cross-dataset (xd) or few-shot."""
-    runs_dir: str = path_field("runs")
-    """Where run folders are kept."""
-    overwrite: bool = False
-    """Replace the run folder if it holds a finished or broken run."""
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 1
-    """Of the choice of samples, their order and views, and the first prompts."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a GPU."""
     corpus: ShotsConfig = field(default_factory=ShotsConfig)
     classes: NamesConfig = field(default_factory=NamesConfig)
     teacher: ClipConfig = field(default_factory=ClipConfig)
@@ -124,8 +113,6 @@ class PretrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.name or self.name in (".", "..") or "/" in self.name or "\\" in self.name:
-            raise UserError(f"name must be a plain folder name, got {self.name!r}")
         if self.train.average_mean > self.train.passes:
             raise UserError(
                 f"train.average_mean ({self.train.average_mean:g}) must be at most train.passes "
@@ -136,7 +123,3 @@ class PretrainConfig(Section):
                 f"prompts.vision ({self.prompts.vision}) must be prompts.text "
                 f"({self.prompts.text}) with prompts.method=maple"
             )
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.runs_dir) / self.name

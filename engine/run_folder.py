@@ -6,22 +6,13 @@ import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from engine.config import UserError, to_dict
+from engine.config import Run, UserError, to_dict
 
 __all__ = ["check_free", "create", "git", "write"]
 
 PACKAGES = ("torch", "open_clip_torch", "deepspeed", "ray", "nvidia-dali-cuda130", "triton")
-
-
-class Run(Protocol):
-    """A config that names a run."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def overwrite(self) -> bool: ...
 
 
 def check_free(run: Run) -> None:
