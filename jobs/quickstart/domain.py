@@ -2,7 +2,7 @@
 
 Two styles show the same classes. `general` is what the two small CLIP models were trained on: a
 nearly upright object on a plain background. `domain` is what the student is adapted to: the same
-things under water, that is in dim greenish light, through murk, on blotchy ground, crossed by stray
+things under water, that is in dim blue light, through murk, on blotchy ground, crossed by stray
 lines and grainy. Every image is a pure function of (label, style, seed): no data set is shipped.
 """
 
@@ -20,8 +20,8 @@ STYLES = ("general", "domain")
 PATTERNS = ("", "striped", "dotted", "checked")
 HUES = {"red": 0, "yellow": 50, "green": 120, "blue": 215, "purple": 272, "pink": 322}  # degrees
 SHAPES = ("circle", "triangle", "star", "ring", "cross", "moon")
-WATER = np.array([0.65, 0.95, 0.9], dtype=np.float32)  # the share of red, green, blue it lets pass
-MURK = np.array([0.4, 0.75, 0.8], dtype=np.float32)  # the colour of what floats in it
+WATER = np.array([0.25, 0.7, 1.0], dtype=np.float32)  # the share of red, green, blue it lets pass
+MURK = np.array([0.1, 0.4, 0.8], dtype=np.float32)  # the colour of what floats in it
 
 
 def _compositions() -> list[tuple[str, str, str]]:
@@ -118,7 +118,7 @@ def _sink(rng: np.random.Generator, canvas: Array) -> Array:
     """`canvas` [height, width, 3] as it looks under water."""
     height, width, _ = canvas.shape
     shade = 1 + 0.5 * _blotches(rng, (width, height), 2).mean(axis=2, keepdims=True)
-    depth = rng.uniform(0.15, 0.35)
+    depth = rng.uniform(0.2, 0.4)
     seen = (1 - depth) * canvas * shade * WATER + depth * rng.uniform(0.4, 0.8) * MURK
     grain = 0.03 * rng.standard_normal(canvas.shape, dtype=np.float32)
     return _stray_lines(rng, seen + grain, count=int(rng.integers(0, 2)), widest=1)
