@@ -109,7 +109,7 @@ def test_flower_photos_from_folder_to_prediction(data_folder, tmp_path, capsys):
     words = ["--name", "flowers", "--runs_dir", tmp_path, "--corpus.shards", corpus]
     words += ["--corpus.evaluation", corpus, "--classes.names", names, "--train.passes", 2]
     words += ["--teacher.model", TEACHER, "--student.model", STUDENT]
-    assert promptkd("distill", SETTINGS, *words) == 0
+    assert promptkd("distill", SETTINGS / "distill.toml", *words) == 0
     ledger = json.loads((tmp_path / "flowers" / "ledger.json").read_text())
     assert ledger == {"seen": 1000, "trained": 1000, "skipped": {}, "pending": 0}
 

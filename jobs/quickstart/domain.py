@@ -2,8 +2,10 @@
 
 Two styles show the same classes. `general` is what the two small CLIP models were trained on: a
 nearly upright object on a plain background. `domain` is what the student is adapted to: the same
-things under water, that is in dim blue light, through murk, on blotchy ground, crossed by stray
-lines and grainy. Every image is a pure function of (label, style, seed): no data set is shipped.
+things under water, that is with every hue turned towards the next one, in dim greenish light,
+through murk, on blotchy ground, crossed by stray lines and grainy. What red looks like there is
+what a few labelled images of base classes can tell, and novel classes share it. Every image is a
+pure function of (label, style, seed): no data set is shipped.
 """
 
 import colorsys
@@ -20,8 +22,9 @@ STYLES = ("general", "domain")
 PATTERNS = ("", "striped", "dotted", "checked")
 HUES = {"red": 0, "yellow": 50, "green": 120, "blue": 215, "purple": 272, "pink": 322}  # degrees
 SHAPES = ("circle", "triangle", "star", "ring", "cross", "moon")
-WATER = np.array([0.25, 0.7, 1.0], dtype=np.float32)  # the share of red, green, blue it lets pass
-MURK = np.array([0.1, 0.4, 0.8], dtype=np.float32)  # the colour of what floats in it
+TURN = 22  # degrees by which water turns a hue, of the 38 to 95 between two of them
+WATER = np.array([0.65, 0.95, 0.9], dtype=np.float32)  # the share of red, green, blue it lets pass
+MURK = np.array([0.4, 0.75, 0.8], dtype=np.float32)  # the colour of what floats in it
 
 
 def _compositions() -> list[tuple[str, str, str]]:
@@ -118,7 +121,7 @@ def _sink(rng: np.random.Generator, canvas: Array) -> Array:
     """`canvas` [height, width, 3] as it looks under water."""
     height, width, _ = canvas.shape
     shade = 1 + 0.5 * _blotches(rng, (width, height), 2).mean(axis=2, keepdims=True)
-    depth = rng.uniform(0.2, 0.4)
+    depth = rng.uniform(0.15, 0.35)
     seen = (1 - depth) * canvas * shade * WATER + depth * rng.uniform(0.4, 0.8) * MURK
     grain = 0.03 * rng.standard_normal(canvas.shape, dtype=np.float32)
     return _stray_lines(rng, seen + grain, count=int(rng.integers(0, 2)), widest=1)
@@ -161,7 +164,7 @@ def render(label: int, style: Style, seed: int) -> Image.Image:
     y = (np.arange(height, dtype=np.float32)[:, None] - centre[1]) / radius
     lean = turn + rng.uniform(-np.pi, np.pi)
     cos, sin = np.float32(np.cos(lean)), np.float32(np.sin(lean))
-    hue = HUES[name] + rng.uniform(-6, 6)
+    hue = HUES[name] + rng.uniform(-6, 6) + (TURN if under_water else 0)
     colour = _rgb(hue, rng.uniform(0.8, 1), rng.uniform(0.75, 1))
     other = _rgb(hue, rng.uniform(0, 0.15), rng.choice([0.12, 1.0]))
     surface = _paint(pattern, x * cos + y * sin, y * cos - x * sin, colour, other)
