@@ -7,16 +7,15 @@ What it does are the commands that it prints.
 import json
 import shlex
 import shutil
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from engine.config import Section, UserError
+from engine.config import Section
 from engine.parse import parse
 from jobs import classes, distill, evaluate, index, predict, pretrain, shards
+from jobs.seeds import mean, parse_seeds, spread
 from jobs.table import scores
 
 HERE = Path(__file__).parent
@@ -30,28 +29,26 @@ class QuickstartConfig(Section):
     """Tunes a tiny CLIP by 16 labelled images of each of 24 classes of a generated domain, and
     distils it into a tinier one over unlabeled images of 48, in minutes on two CPU cores."""
 
-    seeds: tuple[int, ...] = (1,)
-    """A teacher and a student for each; the table shows their mean and spread."""
+    seeds: str = "1"
+    """Seeds like 1,2,3: a teacher and a student for each; tells their mean and spread."""
     folder: str = "runs/quickstart"
     """Where images, shards and runs are kept; images and shards are made once."""
 
 
 def main(args: Sequence[str]) -> None:
     config = parse(QuickstartConfig, args, prog="promptkd quickstart")
-    if not config.seeds:
-        raise UserError("seeds: give at least one")
     folder = Path(config.folder)
     domain = folder / "domain"
     if not (domain / "evaluation" / "corpus.parquet").exists():
         _make_corpora(domain)
-    tables = [_run(folder, domain, seed) for seed in config.seeds]
-    bundle = folder / f"student-{config.seeds[-1]}" / "bundle.safetensors"
+    seeds = parse_seeds(config.seeds)
+    tables = [_run(folder, domain, seed) for seed in seeds]
+    bundle = folder / f"student-{seeds[-1]}" / "bundle.safetensors"
     _promptkd(evaluate, bundle, domain / "evaluation")
     some = sorted((domain / "test_images").rglob("000.jpg"))[::16]
     _promptkd(predict, bundle, *some, "--top", "2")
-    print(f"\nMean of {len(tables)} seeds:\n{scores(over(statistics.fmean, tables), ROWS)}")
-    if len(tables) > 1:
-        print(f"\nBest less worst seed:\n{scores(over(spread, tables), ROWS)}")
+    print(f"\nMean and standard deviation of {len(tables)} seeds:")
+    print(scores(mean(tables), ROWS, spread(tables)))
 
 
 def table(folder: Path, seed: int) -> dict[str, dict[str, float | None]]:
@@ -67,18 +64,6 @@ def table(folder: Path, seed: int) -> dict[str, dict[str, float | None]]:
         stage_2["student_after"],
     )
     return dict(zip(ROWS, models, strict=True))
-
-
-def over(fold: Callable[[Sequence[float]], float], values: Sequence[Any]) -> Any:
-    """Field by field, of tables of one shape; None where there was nothing to count."""
-    if isinstance(values[0], dict):
-        return {key: over(fold, [value[key] for value in values]) for key in values[0]}
-    return None if None in values else fold(values)
-
-
-def spread(values: Sequence[float]) -> float:
-    """Largest less smallest."""
-    return max(values) - min(values)
 
 
 def _run(folder: Path, domain: Path, seed: int) -> dict[str, dict[str, float | None]]:
