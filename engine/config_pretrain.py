@@ -48,6 +48,8 @@ class ClipConfig(Section):
     """Checkpoint file (.pt, .safetensors) or an open_clip tag. Not for local-dir."""
     precision: Precision = "auto"
     """Of the frozen towers; prompts stay fp32. auto: bf16 on a GPU, else fp32."""
+    threads: Annotated[int, Range(0, 1024)] = 0
+    """CPU threads; 0: one a core. Where others compute too, fewer may be much faster."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     corpus = _labelled(config, "shards", len(names))
     held_out = _labelled(config, "evaluation", len(names)) if config.corpus.evaluation else None
     told, device = config.teacher, torch.device(config.device)
+    if told.threads:
+        torch.set_num_threads(told.threads)
     clip = load_clip(told.model, told.weights, "teacher.")
     learner = new_prompts(clip, config.prompts, config.seed)
     shots = choose(corpus, learned, config.corpus.shots, config.seed, "corpus.shards")

@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> None:
     config = parse(QuickstartConfig, args, prog="promptkd quickstart")
     folder = Path(config.folder)
     domain = folder / "domain"
-    if not (domain / "evaluation" / "corpus.parquet").exists():
+    if not (domain / "labelled" / "corpus.parquet").exists():  # the last thing that is made
         _make_corpora(domain)
     seeds = parse_seeds(config.seeds)
     tables = [_run(folder, domain, seed) for seed in seeds]
@@ -107,7 +107,7 @@ def _make_corpora(domain: Path) -> None:
     _promptkd(shards, train, domain / "shards", "--samples", "512")
     _promptkd(shards, labelled, domain / "labelled", "--classes", names)
     _promptkd(shards, test, domain / "evaluation", "--classes", names)
-    for corpus in ("shards", "labelled", "evaluation"):
+    for corpus in ("shards", "evaluation", "labelled"):
         _promptkd(index, domain / corpus)
 
 
