@@ -199,9 +199,9 @@ class TrainConfig(Section):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum 0.9, or AdamW."""
     lr: Annotated[float, Range(0, above=True)] = 0.005
-    """Peak learning rate of a step of lr_batch images."""
+    """Peak learning rate; for sgd that of a step of lr_batch images."""
     lr_batch: Annotated[int, Range(0, 16_777_216)] = 8
-    """The learning rate grows in proportion to batch / lr_batch. 0: it stays as it is."""
+    """With sgd the learning rate grows in proportion to batch / lr_batch. 0: it stays as it is."""
     schedule: Literal["steps", "epochs"] = "steps"
     """steps: warm-up, then a cosine to zero; epochs: the paper's, stepped once a pass."""
     weight_decay: Annotated[float, Range(0)] = 5e-4
@@ -214,9 +214,12 @@ class TrainConfig(Section):
     """Factor of the KL after its reduction; the paper has 200 for Aircraft, Flowers and DTD."""
     reduction: Literal["paper", "batchmean"] = "paper"
     """batchmean: sum over classes, mean over images; paper: that divided by N classes as well."""
-    selection: Literal["last", "paper"] = "last"
-    """Which weights are kept: the last, or those of the pass with the best base accuracy on
-    corpus.evaluation, as the paper does, which looks at the test labels."""
+    selection: Literal["last", "paper", "paper-xd"] = "last"
+    """Which weights are kept: the last, or those of the pass with the best accuracy on
+    corpus.evaluation, among base classes (paper) or all (paper-xd), as the paper does, which looks
+    at the test labels."""
+    judge_images: Annotated[int, Range(1)] = 2000
+    """Images between judgements of whether the student still learns."""
     rollbacks: Annotated[int, Range(0, 100)] = 2
     """Times a collapsed student goes back to its last good checkpoint, at half the learning rate;
     after that the run stops."""

@@ -35,11 +35,11 @@ def check(config: RunConfig) -> tuple[str, ...]:
             f"corpus.evaluation ({config.corpus.evaluation}) has labels up to "
             f"{corpora['evaluation'].largest_label}"
         )
-    if config.train.selection == "paper":
+    if config.train.selection != "last":
         if "evaluation" not in corpora or corpora["evaluation"].largest_label < 0:
             raise UserError(
-                "train.selection: paper chooses a pass by corpus.evaluation, which is to have "
-                "labels (.cls); with preset=paper, --train.selection last does without"
+                f"train.selection: {config.train.selection} chooses a pass by corpus.evaluation, "
+                "which is to have labels (.cls); --train.selection last does without"
             )
     for name, corpus in corpora.items():
         for shard in corpus.incomplete:

@@ -95,7 +95,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             "tuned": zero_shot(tuned, classes, device),
         }
         blocks, base = range(len(held_out.blocks)), base_count(len(names))
-        tallies, seen = evaluate(models, None, held_out, blocks, decoder, base, _FORWARD, device)
+        tallies, seen = evaluate(models, None, held_out, blocks, policy, 2, base, _FORWARD, device)
         summary |= {name: asdict(Score.of(counts)) for name, counts in tallies.items()}
         summary["evaluation"] = {"scored": seen.trained, "skipped": seen.skipped}
     summary["wall_s"] = time.perf_counter() - started

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.train import TrainingFailedError, WorkerGroupError
 
 from engine import cluster, run_folder
@@ -76,6 +77,9 @@ def _class_vectors(
     teacher = load_clip(told.model, told.weights, "teacher.", told.prompts)
     student = load_clip(config.student.model, config.student.weights, "student.")
     _require_like_scales(teacher, student)
+    if torch.cuda.is_available():
+        teacher.text.to("cuda")
+        student.text.to("cuda")
     templates = read_templates(config.classes.template)
     if config.classes.vectors:
         classes = ClassVectors.load(Path(config.classes.vectors))
@@ -89,6 +93,7 @@ def _class_vectors(
         classes = encode_classes(teacher, names, own_templates(teacher, templates))
     if not config.corpus.evaluation:
         return classes, None
+    say(f"encoding {len(names)} class names with the student's text tower, for its zero-shot score")
     return classes, encode_classes(student, names, templates)
 
 
@@ -108,7 +113,7 @@ def _recipe(config: RunConfig, classes: int) -> str:
     return (
         f"preset {config.preset}: {train.optimizer} at learning rate {peak_rate(train):g}, batch "
         f"{train.batch}; effective weight of the KL {effective_weight(train, classes):g}; keeps "
-        + ("the last weights" if train.selection == "last" else "the best pass on the base test")
+        + ("the last weights" if train.selection == "last" else "the best pass on the test images")
     )
 
 
@@ -136,7 +141,11 @@ def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:
 
 
 def _ledger_so_far(config: RunConfig) -> dict[str, Any]:
-    saved = checkpoint.load_latest(config.folder / "checkpoints")
+    try:
+        saved = checkpoint.load_latest(config.folder / "checkpoints")
+    except ValueError as damage:  # told beside the failure that brought us here
+        say(f"warning: {damage}; ledger.json tells of no step")
+        saved = None
     planned = config.train.passes * open_corpora(config.corpus)["shards"].samples
     return (saved.ledger if saved else Ledger()).statement(planned)
 

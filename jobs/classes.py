@@ -46,8 +46,7 @@ def main(args: Sequence[str]) -> None:
     templates = own_templates(clip, templates)
     classes = encode_classes(clip, names, templates, known, f"names: {config.names}")
     classes.save(out)
-    same = known and (known.teacher, known.templates) == (classes.teacher, templates)
-    old = set(known.names) if known and same else set()
+    old = known.rows(classes.teacher, templates) if known else {}
     kept = sum(name in old for name in names)
     sentences = repr(templates[0]) if len(templates) == 1 else f"{len(templates)} sentences"
     rows, width = classes.vectors.shape

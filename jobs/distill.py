@@ -44,16 +44,22 @@ def main(args: Sequence[str]) -> int:
         print(json.dumps(to_dict(config), indent=2))
         return 0
     from engine.run import distill
+    from engine.run_folder import check_free
 
     if not seeds:
-        print(table(distill(config)))
+        summary = distill(config)
+        print(table(summary))
+        print(weights(summary))
         print(f"run folder: {config.folder}")
         return 0
+    runs = {seed: of_seed(config, seed) for seed in seeds}
+    for run_ in runs.values():  # before the first of them takes its hours
+        check_free(run_)
     summaries, failures = [], []
-    for seed in seeds:
+    for seed, run_ in runs.items():
         print(f"seed {seed}", file=sys.stderr)
         try:
-            summaries.append(distill(of_seed(config, seed)))
+            summaries.append(distill(run_))
         except RuntimeError as error:  # the other seeds are to be told of, too
             failures.append(f"seed {seed} failed: {error}")
     if summaries:
@@ -61,6 +67,8 @@ def main(args: Sequence[str]) -> int:
         told = {"seeds": seeds, "mean": mean(summaries), "spread": spread(summaries)}
         path.write_text(json.dumps(told | {"failures": failures}, indent=2) + "\n")
         print(table(mean(summaries), spread(summaries)))
+        for summary in summaries:
+            print(f"{summary['name']}: {weights(summary)}")
         print(f"mean and standard deviation of {len(summaries)} seeds: {path}")
     for failure in failures:
         print(failure, file=sys.stderr)
@@ -73,25 +81,25 @@ def of_seed(config: RunConfig, seed: int) -> RunConfig:
 
 
 def table(summary: Mapping[str, Any], deviation: Mapping[str, Any] | None = None) -> str:
-    """The scores of a run, in percent, its speed, and which weights it kept."""
+    """The scores of a run, in percent, and its speed."""
     wait = summary["wait_fraction"]
     lines = [
         scores(summary, MODELS, deviation),
         f"{summary['samples']:,.0f} images in {summary['steps']:,.0f} steps, "
         f"{summary['images_per_second']:,.1f} images/s; waited {100 * wait['labels']:.1f} % of the "
         f"time for labels, {100 * wait['data']:.1f} % for data",
-        _selected(summary),
     ]
     return "\n".join(lines)
 
 
-def _selected(summary: Mapping[str, Any]) -> str:
+def weights(summary: Mapping[str, Any]) -> str:
+    """Which weights a run kept, and how often it went back."""
     selection, rollbacks = summary["selection"], summary["rollbacks"]
     told = "weights: the last"
-    if selection["rule"] == "paper":
+    if selection["rule"] != "last":
         told = (
-            f"weights: of pass {selection['pass'] + 1:g}, whose base accuracy on the evaluation "
-            f"images is the best ({selection['base']:.2f} %), as the paper chooses"
+            f"weights: of pass {selection['pass'] + 1}, whose accuracy on the evaluation images is "
+            f"the best ({selection['accuracy']:.2f} %), as the paper chooses"
         )
     return told + (f"; rolled back {len(rollbacks)} times" if rollbacks else "")
 

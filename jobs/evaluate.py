@@ -47,7 +47,6 @@ def main(args: Sequence[str]) -> None:
     from engine.clip.bundle import Bundle
     from engine.clip.names import base_count, read_names
     from engine.data.corpus import Corpus
-    from engine.data.decode import Decoder
     from engine.data.views import ViewPolicy
     from engine.train.evaluate import Score, evaluate
 
@@ -63,13 +62,13 @@ def main(args: Sequence[str]) -> None:
         )
     device = torch.device(config.device)
     predictor = bundle.predictor(config.device, "fp32", config.model, config.weights)
-    decoder = Decoder(ViewPolicy(0, predictor.pixels), config.device, threads=2)
     tallies, ledger = evaluate(
         {"student": predictor},
         None,
         corpus,
         range(len(corpus.blocks)),
-        decoder,
+        ViewPolicy(0, predictor.pixels),
+        2,
         base_count(classes),
         config.batch,
         device,

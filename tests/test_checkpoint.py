@@ -16,7 +16,7 @@ def state(step: int) -> Checkpoint:
         step=step,
         train_s=1.5 * step,
         ledger=Ledger(10 * step, {"format": 1}),
-        health=Health(agreement=0.5, best=0.5, records=step),
+        health=Health(agreement=0.5, best=0.5, judgements=step),
         student={"prompts": torch.randn(2, 3), "norm.count": torch.tensor(step)},
         optimizer={"prompts/exp_avg": torch.randn(2, 3), "prompts/step": torch.tensor(1.0 * step)},
     )
@@ -68,6 +68,16 @@ def test_a_step_that_comes_again_replaces_itself(tmp_path):
     later = dataclasses.replace(state(5), train_s=99.0)
     checkpoint.save(tmp_path, later)
     assert same(checkpoint.load_latest(tmp_path), later)
+
+
+def test_what_was_cut_off_while_it_was_removed_does_not_count(tmp_path):
+    checkpoint.save(tmp_path, state(5))
+    doomed = checkpoint.save(tmp_path, state(6))
+    doomed = doomed.rename(f"{doomed}.old")
+    (doomed / "state.json").unlink()
+    assert same(checkpoint.load_latest(tmp_path), state(5))
+    checkpoint.save(tmp_path, state(6))
+    assert same(checkpoint.load_latest(tmp_path), state(6))
 
 
 def test_an_optimizer_may_have_no_state(tmp_path):

@@ -1,13 +1,14 @@
 """engine.data.decode: the pixels of Pillow and CLIP, and bad images that harm nobody else."""
 
 import io
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from engine.data import decode
-from engine.data.corpus import Sample
+from engine.data.corpus import Corpus, Sample
 from engine.data.decode import Decoder
 from engine.data.header import BadImage, read_header
 from engine.data.views import TEST_VIEW, ViewPolicy
@@ -220,3 +221,24 @@ def test_odd_images_of_the_wild(decoder, data_folder):
                     continue  # Pillow clips these
             images, _ = decoder.decode([sample(data, position)], 0)
             assert difference(images[0], by_pillow(upright(data), position, 0)) < 3, file.name
+
+
+def test_a_decoder_is_not_for_two_threads(corpus_folder):
+    """They would wait for each other for ever inside DALI; so the second is told."""
+    samples = Corpus.open(str(corpus_folder), 100, "shards").read(0)
+    decoder = Decoder(ViewPolicy(1, 64), "cpu", 1)
+    told: list[BaseException] = []
+
+    def decode_again_and_again() -> None:
+        try:
+            for _ in range(50):
+                decoder.decode(samples, 0)
+        except AssertionError as error:
+            told.append(error)
+
+    threads = [threading.Thread(target=decode_again_and_again) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert told and "not for two threads" in str(told[0])

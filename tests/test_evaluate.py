@@ -98,8 +98,7 @@ def colour(images: torch.Tensor) -> torch.Tensor:
 def run(folder, models, source, block_samples, batch, blocks=None):
     corpus = Corpus.open(str(folder), block_samples)
     chosen = range(len(corpus.blocks)) if blocks is None else blocks
-    decoder = Decoder(POLICY, "cpu", 1)
-    return evaluate(models, source, corpus, chosen, decoder, 2, batch, CPU)
+    return evaluate(models, source, corpus, chosen, POLICY, 1, 2, batch, CPU)
 
 
 @pytest.mark.parametrize(("block_samples", "batch"), [(8, 3), (100, 100)])

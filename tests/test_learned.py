@@ -135,6 +135,10 @@ def change(state: dict, **changes) -> dict:
 
 
 STRANGE = {
+    "a long context": (
+        lambda s: change(s, prompt_learner__ctx=torch.zeros(6, TEXT)),
+        "a context of 6 tokens has not started from 'a photo of a'",
+    ),
     "another width": (
         lambda s: (
             change(s, image_encoder__VPT=torch.zeros(4, 24))

@@ -63,6 +63,7 @@ def test_the_rate_grows_with_the_batch():
     assert peak_rate(TrainConfig(lr=0.005, lr_batch=8, batch=128)) == pytest.approx(0.08)
     assert peak_rate(TrainConfig(lr=0.005, lr_batch=8, batch=256)) == pytest.approx(0.16)
     assert peak_rate(TrainConfig(lr=0.3, lr_batch=0, batch=256)) == 0.3
+    assert peak_rate(TrainConfig(lr=0.3, optimizer="adamw", batch=256)) == 0.3
 
 
 def test_gaussian_weights_are_the_papers():

@@ -134,6 +134,38 @@ def nan_labels(model: str) -> list[tuple[torch.Tensor, dict, dict]]:
     return told
 
 
+def nan_on_one_rank(rank: int, world: int, model: str) -> list[tuple[torch.Tensor, dict]]:
+    """Of every stage: what a step tells, and the weights after it, where rank 0's labels are
+    nan."""
+    told = []
+    for stage in STAGES:
+        trainer = StudentTrainer(
+            new_student(model), class_vectors(), SCALE, settings("sgd"), stage, STEPS
+        )
+        part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        images, teacher, valid = (column[part] for column in data(0))
+        if rank == 0:
+            teacher = torch.full_like(teacher, torch.nan)
+        told.append((trainer.step(1, images, teacher, valid), trainer.state()[0]))
+        trainer.engine.destroy()
+    return told
+
+
+def test_a_nan_on_one_rank_leaves_the_others_their_update(model):
+    """Batch norm's statistics are of all images; the gradient is of rank 1's alone."""
+    ranks = run_distributed(nan_on_one_rank, 2, model)
+    start = new_student(model)
+    for stage in range(len(STAGES)):
+        (bad, weights), (good, same) = ranks[0][stage], ranks[1][stage]
+        assert bad.tolist() == [0, 0, 0, 1] and good[0] == BATCH // 2 and good[3] == 0
+        for name, value in start.named_parameters():
+            assert torch.isfinite(weights[name]).all()
+            torch.testing.assert_close(weights[name], same[name])
+            if name not in ("projector.first.bias",):  # which has no gradient but rounding
+                assert (weights[name] - value).abs().max() > 1e-6, name
+            torch.testing.assert_close(weights[name], ranks[0][0][1][name], rtol=1e-4, atol=1e-6)
+
+
 def train_alone(rank: int, world: int, model: str) -> tuple[dict, list[dict], list[tuple]]:
     return train(rank, world, model, None), broken_labels(model), nan_labels(model)
 

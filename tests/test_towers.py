@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import MODEL, clip_folder
 
+from engine.clip.archive import is_archive
 from engine.clip.towers import half_precision, load_clip
-from engine.clip.weights import is_archive, vision_shape
+from engine.clip.weights import vision_shape
 from engine.config import UserError
 
 TEXT = {key: MODEL["text_cfg"][key] for key in MODEL["text_cfg"] if key != "tokenizer_kwargs"}
@@ -292,6 +293,37 @@ def test_an_archive_of_openai_loads_like_the_same_weights(openai, images, tmp_pa
     assert one.image.dtype == torch.float32
     plain = load_clip("tiny-vit", str(tmp_path / "w.safetensors"), "teacher.")
     assert (plain.image(images) - one.image(images)).abs().max() > 1e-4  # by the other GELU
+
+
+class Evil(torch.nn.Module):
+    """Its program writes a file while it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.path = path
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, str, bool]:
+        return self.weight, self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]) -> None:
+        self.path, self.training = state[1], state[2]
+        self.weight = state[0] + torch.from_file(self.path, True, 8).fill_(7)[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_the_program_of_an_archive_is_not_run(openai, tmp_path):
+    torch.jit.script(Evil(str(tmp_path / "written"))).save(str(tmp_path / "evil.pt"))
+    (tmp_path / "written").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"^teacher\.weights: .*evil\.pt is not a checkpoint"):
+        load_clip("tiny-vit-quickgelu", str(tmp_path / "evil.pt"), "teacher.")
+    assert not (tmp_path / "written").exists()
+    torch.jit.load(str(tmp_path / "evil.pt"))
+    assert (tmp_path / "written").exists(), "the test has no teeth"
 
 
 def test_an_archive_of_openai_wants_quickgelu(openai):

@@ -35,6 +35,12 @@ class ClassVectors:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.vectors.tobytes()).hexdigest()
 
+    def rows(self, teacher: str, templates: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """The vectors by class name, if this teacher made them of these sentences; else none."""
+        if (self.teacher, self.templates) != (teacher, templates):
+            return {}
+        return dict(zip(self.names, self.vectors, strict=True))
+
     def save(self, path: Path) -> None:
         """Writes atomically."""
         about = {
@@ -80,9 +86,7 @@ def encode_classes(
     section 3.1.4). Rows of `known` are kept where they were made by the same teacher from the same
     sentences. Raises UserError, naming `field`, for a class name too long for the text tower.
     """
-    kept: dict[str, np.ndarray] = {}
-    if known and (known.teacher, known.templates) == (clip.fingerprint, templates):
-        kept = dict(zip(known.names, known.vectors, strict=True))
+    kept = known.rows(clip.fingerprint, templates) if known else {}
     new = tuple(name for name in names if name not in kept)
     if new:
         features = sum(

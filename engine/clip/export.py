@@ -55,9 +55,12 @@ def export_onnx(bundle: Bundle, out: Path, model: str = "", weights: str = "") -
     Input `images`: uint8 RGB [B, 3, S, S], the pixels of the test view as they are. Outputs
     `logits` fp32 [B, N] and `features` fp32 [B, D], unit rows. Metadata: `class_names` and
     `preprocessing` as JSON, `logit_scale`. A file cannot exceed 2 GB: weights that would lie beside
-    it, in OUT.data. `model` and `weights` are those of Bundle.predictor(). Raises UserError where a
-    package is missing, and RuntimeError where ONNX Runtime does not answer as the bundle does.
+    it, in OUT.data. `model` and `weights` are those of Bundle.predictor(). Raises UserError if
+    `out` exists or a package is missing, and RuntimeError where ONNX Runtime does not answer as the
+    bundle does.
     """
+    if out.exists():
+        raise UserError(f"out: {out} exists; remove it or name another file")
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise UserError(
             f"format: onnx needs packages that are not installed; pip install {' '.join(missing)}"

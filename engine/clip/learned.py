@@ -134,6 +134,9 @@ def _from_reference(
     if "prompt_learner.ctx" not in state:
         raise UserError(f"{where} is no teacher of PromptSRC or MaPLe: it lacks prompt_learner.ctx")
     prompts, used = _maple(state, where) if _MAPLE in state else _promptsrc(state, where)
+    context = prompts.text_KPC.shape[1]
+    if context > len(WORDS.split()):  # it started from "X X ...", which stands before no name here
+        raise UserError(f"{where}: a context of {context} tokens has not started from {WORDS!r}")
     backbone: dict[str, Tensor] = {}
     for key in sorted(state.keys() - used):
         part, _, rest = key.partition(".")

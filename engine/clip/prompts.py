@@ -45,8 +45,8 @@ class GlobalBatchNorm(nn.Module):
             var = _summed((weight * (x_BC - mean).square()).sum(0)) / count
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
-                # A step of skipped images teaches nothing, nor one that overflowed.
-                learns = (images > 0) & torch.isfinite(mean + unbiased).all()
+                # One image has no variance, a step of skipped ones no mean; one may overflow.
+                learns = (images > 1) & torch.isfinite(mean + unbiased).all()
                 for running, seen in ((self.running_mean, mean), (self.running_var, unbiased)):
                     running.copy_(torch.where(learns, running.lerp(seen, self.momentum), running))
         return (x_BC - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias

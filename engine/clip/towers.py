@@ -14,9 +14,10 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from engine.clip.archive import is_archive, read_archive
 from engine.clip.learned import LearnedPrompts, read_prompts
 from engine.clip.text import TextTower, plain_text
-from engine.clip.weights import LOCAL, check_weights, is_archive, local_config, read_archive
+from engine.clip.weights import LOCAL, check_weights, local_config
 from engine.config import Precision, UserError
 from engine.progress import say
 

@@ -6,7 +6,6 @@ archives and whatever tag open_clip can download.
 
 import json
 import logging
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,11 @@ from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.clip.archive import is_archive, read_archive
 from engine.clip.text import plain_text
 from engine.config import UserError
 
-__all__ = ["LOCAL", "check_weights", "is_archive", "local_config", "read_archive", "vision_shape"]
+__all__ = ["LOCAL", "check_weights", "local_config", "vision_shape"]
 
 LOCAL = "local-dir:"
 
@@ -70,22 +70,6 @@ def check_weights(model: str, weights: str, prefix: str) -> None:
                 f"{field}: {path} is not a checkpoint of {model}: {key} is {found[key]}, "
                 f"the architecture wants {tuple(tensor.shape)}"
             )
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI publishes CLIP."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def read_archive(path: Path) -> dict[str, Tensor]:
-    """The weights in a TorchScript archive, fp32; its program is not run."""
-    state = torch.jit.load(path, map_location="cpu").state_dict()
-    for constant in ("input_resolution", "context_length", "vocab_size"):
-        state.pop(constant, None)
-    return {key: tensor.float() for key, tensor in state.items()}
 
 
 def _checkpoint(model: str, weights: str, prefix: str) -> Path | None:

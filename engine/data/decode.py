@@ -7,6 +7,7 @@ again one by one, which finds the culprit. A pipeline that has failed is never u
 takes 10 ms.
 """
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,6 +69,7 @@ class Decoder:
         kind, _, index = device.partition(":")
         self._gpu = int(index or 0) if kind == "cuda" else None
         self._threads, self._batch = threads, batch
+        self._busy = threading.Lock()
         self._views: Pipeline | None = None
         self._peek: Pipeline | None = None
 
@@ -79,6 +81,16 @@ class Decoder:
         Samples that are None (padding) or cannot be decoded are black; the latter have a reason:
         that of the index, `empty`, `format`, `header`, `too_large` or `undecodable`.
         """
+        free = self._busy.acquire(blocking=False)
+        assert free, "a Decoder is not for two threads at once"
+        try:
+            return self._decode(samples, view)
+        finally:
+            self._busy.release()
+
+    def _decode(
+        self, samples: Sequence[Sample | None], view: int
+    ) -> tuple[np.ndarray, list[str | None]]:
         side = self.policy.pixels
         images = np.zeros((len(samples), side, side, 3), np.uint8)
         reasons: list[str | None] = [None] * len(samples)

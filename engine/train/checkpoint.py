@@ -58,14 +58,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     for path in (*partial.iterdir(), partial):
         _flush(path)
     if final.exists():  # left by a life of this run that went further than its successor
-        shutil.rmtree(final)
+        _remove(final)
     partial.rename(final)
     _flush(folder)
     old = _steps(folder)[:-_KEEP]
     kept = next((path for path in reversed(_steps(folder)) if _state(path)["good"]), None)
     for path in old:
         if path != kept:
-            shutil.rmtree(path)
+            _remove(path)
     return final
 
 
@@ -78,8 +78,15 @@ def roll_back(folder: Path, unless: int | None = None) -> int:
         state = _state(path)
         if state["good"] and state["step"] != unless:
             return state["step"]
-        shutil.rmtree(path)
+        _remove(path)
     return 0
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f"{path.name}.old")  # a folder that is named a step is always whole
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -116,7 +123,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+    return sorted(path for path in folder.glob("step-*") if not path.suffix)
 
 
 def _digest(state: dict) -> str:

@@ -19,7 +19,7 @@ from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
 from engine.data.loader import AHEAD, Loader, Work
 from engine.data.order import Share
-from engine.data.views import TEST_VIEW
+from engine.data.views import TEST_VIEW, ViewPolicy
 from engine.labels.targets import BlockView, TargetSource
 from engine.train.ledger import Ledger
 from kernels.reference import logits
@@ -58,13 +58,15 @@ def evaluate(
     source: TargetSource | None,
     corpus: Corpus,
     blocks: Sequence[int],
-    decoder: Decoder,
+    policy: ViewPolicy,
+    threads: int,
     base: int,
     batch: int,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], Ledger]:
     """tally() of every model, and of the teacher behind `source` if there is one (`teacher`), over
-    the test view of some blocks of a corpus; and what became of the samples."""
+    the test view of some blocks of a corpus; and what became of the samples. Decodes with `threads`
+    CPU threads."""
     names = [*models, "teacher"] if source else [*models]
     tallies = {name: torch.zeros(7, dtype=torch.int64) for name in names}
     ledger = Ledger()
@@ -72,6 +74,7 @@ def evaluate(
         Work("evaluation", number, TEST_VIEW, share, soon)
         for number, (share, soon) in enumerate(_shares(corpus, blocks, batch))
     )
+    decoder = Decoder(policy, str(device), threads)  # its own: another one may be at work
     loader = Loader(corpus, decoder, works, 2 * int(corpus.counts.max()), AHEAD)
     try:
         with torch.inference_mode():

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 __all__ = ["Collapse", "Health"]
 
 _SMOOTH = 0.7  # of the past in a smoothed number
-_PATIENCE = 3  # records in a row that must look bad
-_LOST = 0.5  # of the best agreement: below it, a record looks bad
+_PATIENCE = 3  # judgements in a row that must be bad
+_LOST = 0.5  # of the best agreement: below it, a judgement is bad
 _GOOD = 0.8  # of the best agreement: above it, a checkpoint is one to go back to
-_RISEN = 2.0  # times the loss of the untrained student: above it, a record looks bad
-_MEANT = 0.1  # agreement that is no accident
+_RISEN = 2.0  # times the loss of the untrained student: above it, a judgement is bad
+_MEANT = 0.1  # agreement beyond chance that is no accident
+_OFTEN = 0.1  # of the steps not finite: above it, a judgement is bad
 
 
 class Collapse(RuntimeError):
@@ -18,37 +19,69 @@ class Collapse(RuntimeError):
 
 @dataclass
 class Health:
-    """What the records of a run have told so far; kept in its checkpoints."""
+    """What the records of a run have told so far; kept in its checkpoints.
 
-    agreement: float = 0.0  # with the teacher, smoothed
+    Records are added up until they make enough images for a judgement: a few say little.
+    """
+
+    images: int = 0  # since the last judgement, as are the next four
+    kl_sum: float = 0.0
+    agreeing: float = 0.0
+    steps: int = 0
+    not_finite: float = 0.0
+    agreement: float = 0.0  # with the teacher, beyond chance, smoothed
     best: float = 0.0  # the highest it has been
-    first_kl: float = 0.0  # of the first record
+    first_kl: float = 0.0  # of the first judgement
     kl: float = 0.0  # smoothed
-    records: int = 0
-    bad: int = 0  # records in a row that looked bad
+    judgements: int = 0
+    bad: int = 0  # judgements in a row that were bad
 
     @property
     def good(self) -> bool:
         """Whether to go back here after a collapse."""
         return self.bad == 0 and self.agreement >= _GOOD * self.best
 
-    def observe(self, kl: float, agreement: float, steps: int, not_finite: float) -> None:
-        """Takes in a record: means over the valid images of its steps, and how many of the steps
-        had a loss or gradient that was not finite, on any worker. Raises Collapse."""
-        past = _SMOOTH if self.records else 0.0
-        self.agreement = past * self.agreement + (1 - past) * agreement
-        self.kl = past * self.kl + (1 - past) * kl
-        self.first_kl = self.first_kl if self.records else kl
-        self.best = max(self.best, self.agreement)
-        self.records += 1
+    def observe(
+        self,
+        images: float,
+        kl_sum: float,
+        agreeing: float,
+        steps: int,
+        not_finite: float,
+        *,
+        classes: int,
+        enough: int,
+    ) -> None:
+        """Takes in a record: sums over valid images, and how many steps had a loss or gradient that
+        was not finite; both over all workers, whose steps count one by one. Judges once there are
+        `enough` images. Raises Collapse."""
         if not_finite >= steps:
             raise Collapse(f"loss or gradients were not finite in each of {steps} steps")
+        self.images += int(images)
+        self.kl_sum += kl_sum
+        self.agreeing += agreeing
+        self.steps += steps
+        self.not_finite += not_finite
+        if self.images >= enough:
+            self._judge(1 / classes)
+            self.images, self.kl_sum, self.agreeing = 0, 0.0, 0.0
+            self.steps, self.not_finite = 0, 0.0
+
+    def _judge(self, chance: float) -> None:
+        past = _SMOOTH if self.judgements else 0.0
+        kl, agreement = self.kl_sum / self.images, self.agreeing / self.images
+        beyond = max(0.0, (agreement - chance) / (1 - chance)) if chance < 1 else 1.0
+        self.agreement = past * self.agreement + (1 - past) * beyond
+        self.kl = past * self.kl + (1 - past) * kl
+        self.first_kl = self.first_kl if self.judgements else kl
+        self.best = max(self.best, self.agreement)
+        self.judgements += 1
         whys = []
-        if not_finite:
+        if self.not_finite > _OFTEN * self.steps:
             whys.append("loss or gradients again and again were not finite")
         if self.best >= _MEANT and self.agreement < _LOST * self.best:
             whys.append(
-                f"agreement with the teacher fell from {100 * self.best:.1f} % to "
+                f"agreement with the teacher, beyond chance, fell from {100 * self.best:.1f} % to "
                 f"{100 * self.agreement:.1f} %"
             )
         if self.kl > _RISEN * self.first_kl:

@@ -119,18 +119,22 @@ def train(
                         waited_data_s=loader.waited_s,
                         **(gpu.means() if gpu else {}),
                     )
-                if images or not_finite:
-                    steps = done - recorded
-                    health.observe(
-                        kl / max(images, 1), agreeing / max(images, 1), steps, not_finite
-                    )
+                health.observe(
+                    images,
+                    kl,
+                    agreeing,
+                    (done - recorded) * world,
+                    not_finite,
+                    classes=trainer.classes,
+                    enough=config.judge_images,
+                )
                 counts.zero_()
                 logged, recorded = now, done
+            if done % order.steps == 0:  # before it is saved, which ends the pass for good
+                after_pass(batch.work.step // order.steps)
             if saves:
                 train_s = before_s + time.perf_counter() - started
                 _save(trainer, folder, done, train_s, ledger, health)
-            if done % order.steps == 0:
-                after_pass(batch.work.step // order.steps)
         train_s = before_s + time.perf_counter() - started
     finally:
         loader.close()

@@ -22,23 +22,27 @@ def taken(folder: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def take(folder: Path, why: str, most: int, rank: int) -> bool:
-    """Goes back, and says so; gives False where it has been done often enough. All workers call it,
-    and have its result once it returns."""
+def take(folder: Path, why: str, most: int, rank: int) -> int | None:
+    """Goes back, says so, and gives the step to go on from; None where it has been done often
+    enough. All workers call it; rank 0 decides."""
+    told = [_go_back(folder, why, most) if rank == 0 else None]
+    dist.broadcast_object_list(told)
+    return told[0]
+
+
+def _go_back(folder: Path, why: str, most: int) -> int | None:
     before = taken(folder)
-    goes = len(before) < most
-    if rank == 0:
-        recorder = Recorder(folder)
-        recorder.record("notice", text=f"the student has collapsed: {why}")
-        if goes:
-            # Where the student collapsed again at once, its last good state was good no more.
-            failed = before[-1]["to_step"] if before else None
-            step = checkpoint.roll_back(folder / "checkpoints", unless=failed)
-            partial = folder / "rollbacks.json.tmp"
-            partial.write_text(json.dumps([*before, {"why": why, "to_step": step}], indent=2))
-            partial.replace(folder / "rollbacks.json")
-            rate = f"1/{2 ** (len(before) + 1)} of its learning rate"
-            recorder.record("notice", text=f"going on from step {step} at {rate}")
-        recorder.close()
-    dist.barrier()
-    return goes
+    recorder = Recorder(folder)
+    recorder.record("notice", text=f"the student has collapsed: {why}")
+    step = None
+    if len(before) < most:
+        # Where the student collapsed again at once, its last good state was good no more.
+        failed = before[-1]["to_step"] if before else None
+        step = checkpoint.roll_back(folder / "checkpoints", unless=failed)
+        partial = folder / "rollbacks.json.tmp"
+        partial.write_text(json.dumps([*before, {"why": why, "to_step": step}], indent=2))
+        partial.replace(folder / "rollbacks.json")
+        rate = f"1/{2 ** (len(before) + 1)} of its learning rate"
+        recorder.record("notice", text=f"going on from step {step} at {rate}")
+    recorder.close()
+    return step

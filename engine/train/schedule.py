@@ -10,8 +10,9 @@ _WARM_EPOCH_RATE = 1e-5
 
 
 def peak_rate(config: TrainConfig) -> float:
-    """The learning rate at this batch: scaled linearly (Goyal et al. 2017)."""
-    return config.lr * (config.batch / config.lr_batch if config.lr_batch else 1)
+    """The learning rate at this batch: that of SGD is scaled linearly (Goyal et al. 2017)."""
+    scaled = config.optimizer == "sgd" and config.lr_batch > 0
+    return config.lr * (config.batch / config.lr_batch if scaled else 1)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

@@ -68,6 +68,10 @@ class StudentTrainer:
         )
 
     @property
+    def classes(self) -> int:
+        return len(self._w_ND)
+
+    @property
     def student(self) -> PromptedTower:
         return self.engine.module
 
@@ -78,8 +82,8 @@ class StudentTrainer:
         self, step: int, images_BCHW: Tensor, teacher_logits_BN: Tensor, valid_B: Tensor
     ) -> Tensor:
         """One update. Gives, summed over this worker's valid images: their number, their KL, and
-        how many have the teacher's top class; and 1 if its loss or a gradient was not finite, in
-        which case it took no part in the update. fp32 [4], on the device. Waits for no GPU."""
+        how many have the teacher's top class; and 1 if its loss or a gradient was not finite,
+        which is then kept out of the update. fp32 [4], on the device. Waits for no GPU."""
         mask = valid_B.float()
         count = mask.sum()
         everyone = count.clone()
@@ -89,6 +93,8 @@ class StudentTrainer:
 
         tau = self._config.temperature
         u_BD = self.engine(images_BCHW, valid_B)
+        # Here, before the batch norm's collectives would carry it to the other workers, and below.
+        u_BD.register_hook(self._keep_finite)
         student_logits_BN = logits(u_BD, self._w_ND, self._scale / tau)
         # Rows that are not valid may hold anything, and 0 * nan is nan, in gradients too.
         teacher_logits_BN = torch.where(valid_B[:, None], teacher_logits_BN, 0)

@@ -95,8 +95,11 @@ class _Worker:
                 break
             except Collapse as collapse:
                 most = config.train.rollbacks
-                if not rollback.take(config.folder, str(collapse), most, self.rank):
+                step = rollback.take(config.folder, str(collapse), most, self.rank)
+                if step is None:
                     return {"collapsed": str(collapse)}
+                if self.rank == 0:
+                    self.selection.forget(step // self.order.steps)
         bundle = self._bundle(weights)
         if self.rank == 0:
             bundle.save(config.folder / "bundle.safetensors")
@@ -125,8 +128,9 @@ class _Worker:
     def _trained(self) -> tuple[Trained, dict[str, Tensor]]:
         """Trains from the newest checkpoint to the end; gives the weights to keep, too."""
         start = checkpoint.load_latest(self.config.folder / "checkpoints")
-        _require_one_start(start.step if start else 0, self.world)
-        trainer = self._trainer(start)
+        rollbacks = len(rollback.taken(self.config.folder))
+        _require_one_start((start.step if start else 0, rollbacks), self.world)
+        trainer = self._trainer(start, rollbacks)
         try:
             trained = train(
                 trainer,
@@ -146,7 +150,7 @@ class _Worker:
         dist.barrier()  # rank 0 may still be writing the pass it has selected
         return trained, self.selection.choice(last)
 
-    def _trainer(self, start: checkpoint.Checkpoint | None) -> "StudentTrainer":
+    def _trainer(self, start: checkpoint.Checkpoint | None, rollbacks: int) -> "StudentTrainer":
         from engine.train.student import StudentTrainer  # the driver can do without DeepSpeed
 
         config, width = self.config, self.w_ND.shape[1]
@@ -167,14 +171,14 @@ class _Worker:
             config.train,
             config.student.zero_stage,
             config.train.passes * self.order.steps,
-            len(rollback.taken(config.folder)),
+            rollbacks,
         )
         if start:
             trainer.load_optimizer(start.optimizer)
         return trainer
 
     def _after_pass(self, pass_: int, trainer: "StudentTrainer") -> None:
-        if self.config.train.selection != "paper":
+        if self.config.train.selection == "last":
             return
         weights, _ = trainer.state()
         student = self._bundle(weights).attached(self.clip, self.device)
@@ -188,8 +192,9 @@ class _Worker:
         held_out = self.corpora["evaluation"]
         mine = range(self.rank, len(held_out.blocks), self.world)
         base, batch = base_count(len(self.classes.names)), self.config.teacher.batch
+        policy, threads = self.decoder.policy, self.config.student.threads
         tallies, ledger = evaluate(
-            models, source, held_out, mine, self.decoder, base, batch, self.device
+            models, source, held_out, mine, policy, threads, base, batch, self.device
         )
         scores = {}
         for name, counts in tallies.items():
@@ -212,12 +217,15 @@ class _Worker:
         )
 
 
-def _require_one_start(step: int, world: int) -> None:
-    """Workers that start at different steps would wait for each other for ever."""
-    steps = [0] * world
-    dist.all_gather_object(steps, step)
-    if len(set(steps)) > 1:
-        raise UserError(f"runs_dir must be one folder for all nodes: checkpoints differ, {steps}")
+def _require_one_start(start: tuple[int, int], world: int) -> None:
+    """Workers that start at different steps, or rates, would wait for each other for ever."""
+    starts = [start] * world
+    dist.all_gather_object(starts, start)
+    if len(set(starts)) > 1:
+        raise UserError(
+            "runs_dir must be one folder for all nodes: checkpoints and roll-backs differ, "
+            f"{starts}"
+        )
 
 
 def _source(
