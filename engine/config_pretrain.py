@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from engine.config import Precision, Range, Run, Section, UserError, path_field
+from engine.config import Range, Run, Section, UserError, path_field
 
 __all__ = ["LearnConfig", "NamesConfig", "PretrainConfig", "PromptsConfig", "ShotsConfig"]
 
@@ -46,7 +46,7 @@ class ClipConfig(Section):
     """open_clip architecture (ViT-L-14-quickgelu), or local-dir:FOLDER."""
     weights: str = path_field()
     """Checkpoint file (.pt, .safetensors) or an open_clip tag. Not for local-dir."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen towers; prompts stay fp32. auto: bf16 on a GPU, else fp32."""
     threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads; 0: one a core. Where others compute too, fewer may be much faster."""
