@@ -207,7 +207,7 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Range(0)] = 5e-4
     """L2 (sgd) or decoupled (adamw) weight decay."""
     warmup_steps: Annotated[int, Range(0)] = 20
-    """Linear warm-up of schedule = steps."""
+    """Linear warm-up of schedule = steps; at most a fifth of the run."""
     temperature: Annotated[float, Range(0, above=True)] = 1.0
     """tau of the KL; both logit scales are divided by it."""
     kd_weight: Annotated[float, Range(0, above=True)] = 1000.0
@@ -224,7 +224,8 @@ class TrainConfig(Section):
     """Times a collapsed student goes back to its last good checkpoint, at half the learning rate;
     after that the run stops."""
     checkpoint_steps: Annotated[int, Range(1)] = 500
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints, or fewer where a pass is shorter; one is always written at the
+    end."""
     log_steps: Annotated[int, Range(1)] = 10
     """Steps between metric records."""
     max_failures: Annotated[int, Range(-1)] = 3

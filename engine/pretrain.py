@@ -55,7 +55,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     learner = new_prompts(clip, config.prompts, config.seed)
     shots = choose(corpus, learned, config.corpus.shots, config.seed, "corpus.shards")
     if shots.steps(config.train.batch) == 0:
-        raise UserError(f"train.batch is {config.train.batch}, {len(shots.samples)} are chosen")
+        raise UserError(
+            f"train.batch is {config.train.batch}, but corpus.shots gives {len(shots.samples)} "
+            "images in all; lower train.batch or raise corpus.shots"
+        )
     where = f"classes.names: {config.classes.names}"
     clip.text.to(device)
     untuned = encode_classes(clip, names, (f"{config.prompts.words} {{}}.",), field=where)
@@ -63,6 +66,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         f"{config.prompts.method} on {device}, towers in {told.precision}: {len(shots.samples)} "
         f"images of {learned} classes"
     )
+    if len(shots.samples) < learned * config.corpus.shots:
+        say(f"some classes have fewer than corpus.shots = {config.corpus.shots} images")
     dtype = DTYPES[told.precision]
     tuner = Tuner(clip, learner, names[:learned], config.prompts, config.train, device, dtype)
     folder = run_folder.create(config)
@@ -89,6 +94,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         "skipped": statement["skipped"],
     }
     if held_out:
+        say(f"evaluating on {held_out.samples} images, before and after")
         tuned.image.to(device, dtype)
         models = {
             "zero_shot": zero_shot(clip, untuned, device),

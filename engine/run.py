@@ -52,7 +52,11 @@ def distill(config: RunConfig) -> dict[str, Any]:
             told = run_gang(Task(config, classes, zero_shot, teachers))
     except TrainingFailedError as failure:
         run_folder.write(config.folder / "ledger.json", _ledger_so_far(config))
-        raise _plain(failure) from failure
+        raise _plain(failure, config.folder / "failure.txt") from failure
+    except KeyboardInterrupt:
+        if (config.folder / "metrics.jsonl").exists():
+            run_folder.write(config.folder / "ledger.json", _ledger_so_far(config))
+        raise
     finally:
         if ours:
             ray.shutdown()
@@ -86,7 +90,8 @@ def _class_vectors(
         if classes.teacher != teacher.fingerprint:
             raise UserError(
                 f"classes.vectors: {config.classes.vectors} was made by another teacher than "
-                f"teacher.model ({told.model} {told.weights} {told.prompts})"
+                f"teacher.model, teacher.weights and teacher.prompts name ({told.model}, "
+                f"{told.weights or '-'}, {told.prompts or 'no prompts'})"
             )
     else:
         say(f"encoding {len(names)} class names with the teacher's text tower")
@@ -124,14 +129,16 @@ def _placement(config: RunConfig) -> str:
     return f"starting {student.workers} student workers (ZeRO-{student.zero_stage}) {labels}"
 
 
-def _plain(failure: TrainingFailedError) -> Exception:
-    """The worker's own error, without Ray Train's wrapping."""
+def _plain(failure: TrainingFailedError, story: Path) -> Exception:
+    """The worker's own error, without Ray Train's wrapping; its tracebacks go to file `story`."""
+    story.write_text(f"{failure}\n")
     if not isinstance(failure, WorkerGroupError):
-        return RuntimeError(f"Ray Train failed: {failure}")
+        return RunFailed(f"Ray Train failed; {story} tells how")
     rank, error = min(failure.worker_failures.items(), key=lambda item: _blame(*item))
     if isinstance(error, UserError):
         return error
-    return RuntimeError(f"student worker {rank} failed: {type(error).__name__}: {error}")
+    why = f"{type(error).__name__}: {error}"
+    return RunFailed(f"student worker {rank} failed: {why} ({story} tells where)")
 
 
 def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:

@@ -1,6 +1,7 @@
 """The folder of a run: made once, with the settings and versions that it ran with."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -20,6 +21,9 @@ def check_free(run: Run) -> None:
     folder = run.folder
     if folder.exists() and not run.overwrite:
         raise UserError(f"name: {folder} exists already; choose another name, or pass --overwrite")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not os.access(above, os.W_OK):
+        raise UserError(f"runs_dir: {above} cannot be written to")
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(f"name: {folder} is no run folder: --overwrite will not remove it")
 

@@ -42,6 +42,8 @@ def main(args: Sequence[str]) -> None:
     if config.keep:
         bundle = bundle.kept(read_names(config.keep, "keep", repeats=True), "keep")
     out = Path(config.out)
+    if out.exists():
+        raise UserError(f"out: {out} exists; remove it or name another file")
     bundle.save(out)
     print(f"{out}: {len(bundle.class_names)} classes, {out.stat().st_size / 1e6:.2f} MB")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import Section
+from engine.config import Section, UserError
 from engine.parse import Positional, parse
 from jobs.cli import run
 
@@ -37,22 +37,34 @@ def main(args: Sequence[str]) -> None:
     from engine.clip.names import read_names
     from engine.clip.templates import read_templates
     from engine.clip.towers import load_clip
+    from engine.progress import say
 
     out = Path(config.out)
     names = read_names(config.names, "names", config.repeats)
     templates = read_templates(config.template, "template")
+    if config.prompts and config.template != StoreConfig.template:
+        raise UserError("template: learned prompts bring their own words; leave out one of the two")
     known = ClassVectors.load(out, "out") if out.exists() else None
     clip = load_clip(config.model, config.weights, "", config.prompts)
     templates = own_templates(clip, templates)
+    if known and not known.rows(clip.fingerprint, templates):
+        raise UserError(
+            f"out: {out} holds vectors of another teacher, or from other sentences; remove it or "
+            "name another file"
+        )
+    say(f"encoding {len(names)} class names in {len(templates)} sentences each, if they are new")
     classes = encode_classes(clip, names, templates, known, f"names: {config.names}")
     classes.save(out)
     old = known.rows(classes.teacher, templates) if known else {}
     kept = sum(name in old for name in names)
+    dropped = len(old.keys() - set(names))
     sentences = repr(templates[0]) if len(templates) == 1 else f"{len(templates)} sentences"
+    if clip.prompts:
+        sentences = f"the prompts of {config.prompts}"
     rows, width = classes.vectors.shape
     print(
         f"{config.out}: {rows} class vectors of width {width} from {sentences} "
-        f"({rows - kept} computed, {kept} kept)"
+        f"({rows - kept} computed, {kept} kept, {dropped} dropped)"
     )
 
 

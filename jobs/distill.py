@@ -55,23 +55,25 @@ def main(args: Sequence[str]) -> int:
     runs = {seed: of_seed(config, seed) for seed in seeds}
     for run_ in runs.values():  # before the first of them takes its hours
         check_free(run_)
-    summaries, failures = [], []
+    trained, summaries, failures = [], [], []
     for seed, run_ in runs.items():
         print(f"seed {seed}", file=sys.stderr)
         try:
             summaries.append(distill(run_))
+            trained.append(seed)
         except RuntimeError as error:  # the other seeds are to be told of, too
             failures.append(f"seed {seed} failed: {error}")
-    if summaries:
-        path = config.folder / "seeds.json"
-        told = {"seeds": seeds, "mean": mean(summaries), "spread": spread(summaries)}
-        path.write_text(json.dumps(told | {"failures": failures}, indent=2) + "\n")
-        print(table(mean(summaries), spread(summaries)))
-        for summary in summaries:
-            print(f"{summary['name']}: {weights(summary)}")
-        print(f"mean and standard deviation of {len(summaries)} seeds: {path}")
     for failure in failures:
         print(failure, file=sys.stderr)
+    if summaries:
+        spreads = spread(summaries) if len(summaries) > 1 else None
+        told = {"seeds": trained, "failures": failures, "mean": mean(summaries), "spread": spreads}
+        path = config.folder / "seeds.json"
+        path.write_text(json.dumps(told, indent=2) + "\n")
+        print(table(mean(summaries), spreads))
+        for summary in summaries:
+            print(f"{summary['name']}: {weights(summary)}")
+        print(f"mean and standard deviation over seeds {trained}: {path}")
     return 1 if failures else 0
 
 
@@ -101,7 +103,10 @@ def weights(summary: Mapping[str, Any]) -> str:
             f"weights: of pass {selection['pass'] + 1}, whose accuracy on the evaluation images is "
             f"the best ({selection['accuracy']:.2f} %), as the paper chooses"
         )
-    return told + (f"; rolled back {len(rollbacks)} times" if rollbacks else "")
+    if rollbacks:
+        rate = f"1/{2 ** len(rollbacks)} of its learning rate"
+        told += f"; went back {len(rollbacks)} times, and ended at {rate}"
+    return told
 
 
 if __name__ == "__main__":

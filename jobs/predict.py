@@ -58,7 +58,7 @@ def main(args: Sequence[str]) -> None:
 
     named = samples(find(config.images))
     if (first := next(named, None)) is None:
-        raise UserError("images: there are none")
+        raise UserError(f"images: there are none in {', '.join(config.images)}")
     bundle = Bundle.load(Path(config.bundle))
     predictor = bundle.predictor(config.device, "fp32", config.model, config.weights)
     decoder = Decoder(ViewPolicy(0, predictor.pixels), config.device, threads=2)

@@ -212,19 +212,26 @@ def test_the_command_tells_what_it_kept(tmp_path, capsys):
         return capsys.readouterr().out
 
     assert told("cat\ndog\n") == (
-        f"{out}: 2 class vectors of width 8 from 'a {{}}.' (2 computed, 0 kept)\n"
+        f"{out}: 2 class vectors of width 8 from 'a {{}}.' (2 computed, 0 kept, 0 dropped)\n"
     )
     before = ClassVectors.load(out)
-    assert "3 class vectors of width 8 from 'a {}.' (1 computed, 2 kept)" in told("dog\nyak\ncat")
+    assert "3 class vectors of width 8 from 'a {}.' (1 computed, 2 kept, 0 dropped)" in told(
+        "dog\nyak\ncat"
+    )
     after = ClassVectors.load(out)
     assert after.names == ("dog", "yak", "cat")
     assert np.array_equal(after.vectors[[2, 0]], before.vectors)
-    assert "(1 computed, 0 kept)" in told("cat\n", "--template", "the {}.")
+    assert "(0 computed, 1 kept, 2 dropped)" in told("cat\n")
+    words = ["classes", str(names), str(out), "--model", model, "--template", "the {}."]
+    assert cli.main(words) == 2
+    assert f"out: {out} holds vectors of another teacher, or from" in capsys.readouterr().err
+    out.unlink()
     sentences = tmp_path / "sentences.txt"
     sentences.write_text("a {}.\nthe {}.\n")
-    assert "from 2 sentences (1 computed, 0 kept)" in told("cat\n", "--template", str(sentences))
+    assert "from 2 sentences (1 computed, 0 kept" in told("cat\n", "--template", str(sentences))
     twice = told("cat\ndog\ncat\n", "--template", str(sentences), "--repeats")
-    assert "3 class vectors of width 8 from 2 sentences (1 computed, 2 kept)" in twice
+    assert "3 class vectors of width 8 from 2 sentences (1 computed, 2 kept, 0 dropped)" in twice
+    out.unlink()
     names.write_text(f"cat\n{29 * 'x'}\n")
     assert cli.main(["classes", str(names), str(out), "--model", model, "--template", "a {}."]) == 2
     assert f"names: {names}: '{29 * 'x'}' is too long" in capsys.readouterr().err

@@ -154,6 +154,10 @@ STRANGE = {
     ),
     "no image prompts": (lambda s: change(s, image_encoder__VPT=None), "lacks prompts of layer 0"),
     "no context": (lambda s: change(s, prompt_learner__ctx=None), "lacks prompt_learner.ctx"),
+    "a nan": (
+        lambda s: change(s, image_encoder__VPT=torch.full((4, VISION), torch.nan)),
+        "vision holds numbers that are not finite",
+    ),
     "something else": (lambda s: s | {"meta_net.weight": torch.zeros(2)}, "holds meta_net.weight"),
 }
 

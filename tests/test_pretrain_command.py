@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pretrain, place, capsys, batch)
 WRONG = {
     "too deep": ("--prompts.depth", "3", "prompts.depth: 3 layers, local-dir:.* has 2"),
     "few words": ("--prompts.words", "a", "prompts.words: 'a' has 1 tokens, prompts.text is 2"),
-    "large batch": ("--train.batch", "11", "train.batch is 11, 10 are chosen"),
+    "large batch": ("--train.batch", "11", "train.batch is 11, but corpus.shots gives 10"),
     "no shards": ("--corpus.shards", "no/such", "corpus.shards: no .tar shards at .*no/such"),
     "no evaluation": ("--corpus.evaluation", "no/such", "corpus.evaluation: no .tar shards"),
     "no names": ("--classes.names", "no/such.txt", "classes.names: .*no/such.txt cannot be read"),

@@ -107,7 +107,11 @@ class Bundle:
         """Raises UserError for a missing file, or one that is not a bundle."""
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["bundle"])
+                held = file.metadata() or {}
+                if "bundle" not in held:
+                    what = next(iter(held), "no description")
+                    raise UserError(f"{field}: {path} is not a bundle (it holds {what})")
+                about = json.loads(held["bundle"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             class_vectors = tensors.pop("class_vectors")
             if about["format"] != _FORMAT:

@@ -65,6 +65,8 @@ class ClassVectors:
             raise UserError(f"{field}: {path}: no such file") from None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{field}: {path} holds no class vectors ({error})") from None
+        if not np.isfinite(vectors).all():
+            raise UserError(f"{field}: {path} holds numbers that are not finite")
         if len(vectors) != len(stored.names):
             raise UserError(
                 f"{field}: {path} has {len(vectors)} vectors for {len(stored.names)} names"

@@ -87,8 +87,17 @@ def read_prompts(path: Path, field: str) -> tuple[LearnedPrompts, dict[str, Tens
     if not path.is_file():
         raise UserError(f"{field}: {path}: no such file")
     if path.suffix == ".safetensors":
-        return _read_own(path, field), {}
-    return _from_reference(_reference_state(path, field), f"{field}: {path}")
+        prompts, backbone = _read_own(path, field), {}
+    else:
+        prompts, backbone = _from_reference(_reference_state(path, field), f"{field}: {path}")
+    for name, tensor in {
+        "text": prompts.text_KPC,
+        "vision": prompts.vision_KPC,
+        **backbone,
+    }.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{field}: {path}: {name} holds numbers that are not finite")
+    return prompts, backbone
 
 
 def _read_own(path: Path, field: str) -> LearnedPrompts:

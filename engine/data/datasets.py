@@ -5,6 +5,7 @@ of domain generalisation. Templates are CoOp's (trainers/zsclip.py). Sizes are t
 that CoOp and PromptKD use; of the variants, those that their authors give.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,9 @@ def read_dataset(name: DatasetName, root: Path, partial: bool = False) -> Found:
         found = dataset.read(home)
     except UserError as error:
         raise UserError(f"root: {error} (CoOp's DATASETS.md: {dataset.source})") from None
+    images = [path for labelled in found.splits.values() for path, _ in labelled]
+    if twice := [path for path, times in Counter(images).items() if times > 1]:
+        raise UserError(f"root: {home}: {twice[0]} comes twice; no split may hold another's images")
     if wrong := dataset.differences(_counts(found, -(-dataset.classes // 2))):
         told = f"{home} is not of the published size: {'; '.join(wrong)}"
         if not partial:

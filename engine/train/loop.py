@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Trained", "kept", "merged", "train", "training_works"]
 
 
+_SHORTEST_PERIOD = 20  # steps between checkpoints, unless told otherwise
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a worker's training came to; all but the waits are over all workers."""
@@ -82,6 +85,8 @@ def train(
     works = training_works(order, config.passes, config.views or config.passes, rank, world, first)
     kept_samples = kept(order, world)
     loader = Loader(corpus, decoder, works, kept_samples, AHEAD)
+    # A collapse is not to cost more than a pass, where a pass is short.
+    period = min(config.checkpoint_steps, max(order.steps, _SHORTEST_PERIOD))
     health = start.health if start else Health()
     counts = torch.zeros(4, device=device)
     recorded = first
@@ -99,7 +104,7 @@ def train(
             )
             ledger.add(batch, trained_B)
             done = batch.work.step + 1
-            saves = done % config.checkpoint_steps == 0 or done == total_steps
+            saves = done % period == 0 or done == total_steps
             if done % config.log_steps == 0 or saves:  # what is saved has been looked at
                 dist.all_reduce(counts)
                 images, kl, agreeing, not_finite = counts.tolist()

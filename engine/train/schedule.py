@@ -20,7 +20,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     peak = peak_rate(config)
     if config.schedule == "epochs":
         return epoch_rate(step * config.passes // total, config.passes, peak)
-    warmup = min(config.warmup_steps, total)
+    warmup = min(config.warmup_steps, total // 5)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

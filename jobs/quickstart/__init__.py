@@ -80,6 +80,7 @@ def _run(folder: Path, domain: Path, seed: int) -> dict[str, dict[str, float | N
     }
     tuning = {"name": f"teacher-{seed}", "corpus.shards": domain / "labelled"}
     _promptkd(pretrain, SETTINGS / "pretrain.toml", "--overwrite", *_flags(tuning | common))
+    vectors.unlink(missing_ok=True)  # an earlier run's teacher may have been another
     _promptkd(classes, names, vectors, "--model", teacher, "--prompts", prompts)
     distilling = {
         "name": f"student-{seed}",
