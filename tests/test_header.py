@@ -81,7 +81,12 @@ def test_odd_images_are_judged_without_a_crash(data_folder):
             continue
         with Image.open(file) as image:
             assert {found.width, found.height} == set(image.size), file.name
-    assert set(reasons.values()) == {"format", "header"}
+    assert set(reasons.values()) == {"format", "header", "animated"}
+    assert {n for n, why in reasons.items() if why == "animated"} == {
+        "mode_16bit.png",
+        "mode_grayscale_alpha.png",
+        "mode_palette_1bit_alpha.png",
+    }
     assert {n for n, why in reasons.items() if why == "header"} == {
         "broken.png",
         "monkey12.jpg",

@@ -86,8 +86,9 @@ def read_prompts(path: Path, field: str) -> tuple[LearnedPrompts, dict[str, Tens
     """
     if not path.is_file():
         raise UserError(f"{field}: {path}: no such file")
+    backbone: dict[str, Tensor] = {}
     if path.suffix == ".safetensors":
-        prompts, backbone = _read_own(path, field), {}
+        prompts = _read_own(path, field)
     else:
         prompts, backbone = _from_reference(_reference_state(path, field), f"{field}: {path}")
     for name, tensor in {
