@@ -23,7 +23,7 @@ from engine.data.shots import Shots, choose
 from engine.data.views import ViewPolicy
 from engine.progress import Watch, say
 from engine.telemetry import Recorder
-from engine.train.evaluate import Score, evaluate, zero_shot
+from engine.train.evaluate import Model, Score, evaluate, zero_shot
 from engine.train.ledger import Ledger
 from engine.train.pretrain import Average, Tuner, new_prompts
 from engine.train.schedule import epoch_rate
@@ -100,10 +100,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             "zero_shot": zero_shot(clip, untuned, device),
             "tuned": zero_shot(tuned, classes, device),
         }
-        blocks, base = range(len(held_out.blocks)), base_count(len(names))
-        tallies, seen = evaluate(models, None, held_out, blocks, policy, 2, base, _FORWARD, device)
-        summary |= {name: asdict(Score.of(counts)) for name, counts in tallies.items()}
-        summary["evaluation"] = {"scored": seen.trained, "skipped": seen.skipped}
+        summary |= _scores(models, held_out, policy, len(names), device)
     summary["wall_s"] = time.perf_counter() - started
     run_folder.write(folder / "summary.json", summary)
     return summary
@@ -163,6 +160,20 @@ def learn(
         loader.close()
         recorder.close()
     return average, ledger
+
+
+def _scores(
+    models: dict[str, Model],
+    held_out: Corpus,
+    policy: ViewPolicy,
+    classes: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Scores of each model, and under `evaluation` how many images were scored and skipped."""
+    blocks, base = range(len(held_out.blocks)), base_count(classes)
+    tallies, seen = evaluate(models, None, held_out, blocks, policy, 2, base, _FORWARD, device)
+    scores = {name: asdict(Score.of(counts)) for name, counts in tallies.items()}
+    return scores | {"evaluation": {"scored": seen.trained, "skipped": seen.skipped}}
 
 
 def _resolved(config: PretrainConfig) -> PretrainConfig:
