@@ -47,8 +47,9 @@ def main(args: Sequence[str]) -> None:
     _promptkd(evaluate, bundle, domain / "evaluation")
     some = sorted((domain / "test_images").rglob("000.jpg"))[::16]
     _promptkd(predict, bundle, *some, "--top", "2")
-    print(f"\nMean and standard deviation of {len(tables)} seeds:")
-    print(scores(mean(tables), ROWS, spread(tables)))
+    several = len(tables) > 1
+    print(f"\nMean and standard deviation of {len(tables)} seeds:" if several else "")
+    print(scores(mean(tables), ROWS, spread(tables) if several else None))
 
 
 def table(folder: Path, seed: int) -> dict[str, dict[str, float | None]]:
