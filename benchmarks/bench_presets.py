@@ -20,7 +20,7 @@ def main() -> None:
         quickstart.main(["--seeds", str(SEED), "--folder", place])
         domain, models = folder / "domain", quickstart.HERE / "models"
         for preset in ("fast", "paper"):
-            flags = DOMAIN | {
+            told = DOMAIN | {
                 "name": preset,
                 "preset": preset,
                 "seed": SEED,
@@ -32,9 +32,7 @@ def main() -> None:
                 "teacher.prompts": folder / f"teacher-{SEED}" / "prompts.safetensors",
                 "student.model": f"local-dir:{models / 'student'}",
             }
-            distill.main(
-                [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-            )
+            distill.main([str(word) for word in quickstart.flags(told)])
             summary = json.loads((folder / preset / "summary.json").read_text())
             for case in ("student_before", "student_after", "teacher"):
                 for metric in ("base", "novel", "hm"):

@@ -9,7 +9,7 @@ import ray
 import ray.exceptions
 import torch
 
-from engine.clip.towers import half_precision
+from engine.clip.towers import half_precision, trained_precision
 from engine.config import RunConfig, UserError
 from engine.progress import say
 
@@ -72,9 +72,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if student.gpus is not None and 0 < student.gpus < 1 < student.workers:
         raise UserError("student.gpus: several workers cannot share one GPU, since NCCL refuses it")
     whole = 1.0 if device == "cuda" else 0.0
-    precision = student.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
+    precision = trained_precision(student.precision, device)
     resolved = dataclasses.replace(
         config,
         device=device,

@@ -29,11 +29,9 @@ def check(config: RunConfig) -> tuple[str, ...]:
                 + _difference(names, stored.names)
             )
     corpora = open_corpora(config.corpus)
-    if "evaluation" in corpora and corpora["evaluation"].largest_label >= len(names):
-        raise UserError(
-            f"classes.names: {config.classes.names} has {len(names)} names, but "
-            f"corpus.evaluation ({config.corpus.evaluation}) has labels up to "
-            f"{corpora['evaluation'].largest_label}"
+    if "evaluation" in corpora:
+        corpora["evaluation"].require_labels_below(
+            len(names), config.classes.names, config.corpus.evaluation, "corpus.evaluation"
         )
     if config.train.selection != "last":
         if "evaluation" not in corpora or corpora["evaluation"].largest_label < 0:

@@ -13,7 +13,7 @@ import torch
 from engine import run_folder
 from engine.clip.class_vectors import encode_classes, own_templates
 from engine.clip.names import base_count, read_names
-from engine.clip.towers import DTYPES, load_clip
+from engine.clip.towers import DTYPES, load_clip, trained_precision
 from engine.config import RunFailed, UserError, absolute
 from engine.config_pretrain import PretrainConfig
 from engine.data.corpus import Corpus
@@ -183,9 +183,7 @@ def _resolved(config: PretrainConfig) -> PretrainConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is asked for, but there is no GPU")
-    precision = config.teacher.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
+    precision = trained_precision(config.teacher.precision, device)
     teacher = dataclasses.replace(config.teacher, precision=precision)
     return dataclasses.replace(config, device=device, teacher=teacher)
 
@@ -195,9 +193,5 @@ def _labelled(
 ) -> Corpus:
     field, where = f"corpus.{which}", getattr(config.corpus, which)
     corpus = Corpus.open(where, _BLOCK, field)
-    if corpus.largest_label >= classes:
-        raise UserError(
-            f"classes.names: {config.classes.names} has {classes} names, but {field} ({where}) "
-            f"has labels up to {corpus.largest_label}"
-        )
+    corpus.require_labels_below(classes, config.classes.names, where, field)
     return corpus

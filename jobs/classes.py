@@ -47,7 +47,8 @@ def main(args: Sequence[str]) -> None:
     known = ClassVectors.load(out, "out") if out.exists() else None
     clip = load_clip(config.model, config.weights, "", config.prompts)
     templates = own_templates(clip, templates)
-    if known and not known.rows(clip.fingerprint, templates):
+    old = known.rows(clip.fingerprint, templates) if known else {}
+    if known and not old:
         raise UserError(
             f"out: {out} holds vectors of another teacher, or from other sentences; remove it or "
             "name another file"
@@ -55,7 +56,6 @@ def main(args: Sequence[str]) -> None:
     say(f"encoding {len(names)} class names in {len(templates)} sentences each, if they are new")
     classes = encode_classes(clip, names, templates, known, f"names: {config.names}")
     classes.save(out)
-    old = known.rows(classes.teacher, templates) if known else {}
     kept = sum(name in old for name in names)
     dropped = len(old.keys() - set(names))
     sentences = repr(templates[0]) if len(templates) == 1 else f"{len(templates)} sentences"

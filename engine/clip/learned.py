@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.clip.weights import named_tensors
 from engine.config import UserError
 from engine.tensor_files import write_tensors
 
@@ -133,9 +134,7 @@ def _reference_state(path: Path, field: str) -> dict[str, Tensor]:
             f"{field}: {path} cannot be read as weights ({why.split('. ')[0]}); tensors and plain "
             "values alone are read"
         ) from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    return {key.removeprefix("module."): value.float() for key, value in tensors.items()}
+    return {key: tensor.float() for key, tensor in named_tensors(state).items()}
 
 
 def _from_reference(

@@ -85,36 +85,6 @@ class Projector(nn.Module):
         return self.second(F.relu(self.norm(self.first(x_BC), valid_B)))
 
 
-class _ScaledUp(torch.autograd.Function):
-    """Identity, whose gradient is scaled so that its largest entry is about 1: then nothing in an
-    fp16 tower below underflows. It is the loss scale of fp16 training, chosen anew in each step,
-    which a frozen tower allows, since backward through it is linear."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: list[Tensor]) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        largest = gradients[0].abs().amax().clamp(min=2.0**-100)
-        ctx.factor.append(torch.exp2(-largest.log2().floor()))
-        return gradients[0] * ctx.factor[0], None
-
-
-class _ScaledDown(torch.autograd.Function):
-    """Identity, whose gradient is divided by the factor that _ScaledUp chose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: list[Tensor]) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] / ctx.factor[0], None
-
-
 class PromptedTower(nn.Module):
     """The student: a frozen image tower with trained prompts in its first layers, and a projector.
 
@@ -141,11 +111,24 @@ class PromptedTower(nn.Module):
 
     def forward(self, images_BCHW: Tensor, valid_B: Tensor | None = None) -> Tensor:
         """Unit features [B, D] fp32 of uint8 images."""
-        prompts: Tensor = self.prompts
-        if self.tower.dtype == torch.float16 and torch.is_grad_enabled():
-            factor: list[Tensor] = []
-            features = self.tower(images_BCHW, _ScaledDown.apply(prompts, factor))
-            features = _ScaledUp.apply(features.float(), factor)
-        else:
-            features = self.tower(images_BCHW, prompts)
-        return F.normalize(self.projector(features.float(), valid_B), dim=-1)
+        prompts = self.prompts.view_as(self.prompts)
+        features = self.tower(images_BCHW, prompts).float()
+        if self.tower.dtype == torch.float16 and prompts.requires_grad:
+            _scale_between(features, prompts)
+        return F.normalize(self.projector(features, valid_B), dim=-1)
+
+
+def _scale_between(features: Tensor, prompts: Tensor) -> None:
+    """Scales the gradient that enters an fp16 tower at `features`, so that its largest entry is
+    about 1 and nothing below underflows, and undoes it where it leaves, at `prompts`. It is the
+    loss scale of fp16 training, chosen anew in each step, which a frozen tower allows, since
+    backward through it is linear."""
+    factor: list[Tensor] = []
+
+    def scaled_up(gradient: Tensor) -> Tensor:
+        largest = gradient.abs().amax().clamp(min=2.0**-100)
+        factor.append(torch.exp2(-largest.log2().floor()))
+        return gradient * factor[0]
+
+    features.register_hook(scaled_up)
+    prompts.register_hook(lambda gradient: gradient / factor[0])

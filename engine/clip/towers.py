@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import open_clip
 import torch
@@ -21,8 +21,9 @@ from engine.clip.weights import LOCAL, check_weights, local_config
 from engine.config import Precision, UserError
 from engine.progress import say
 
-__all__ = ["DTYPES", "Clip", "ImageTower", "half_precision", "load_clip"]
+__all__ = ["DTYPES", "Clip", "ImageTower", "half_precision", "load_clip", "trained_precision"]
 
+P = TypeVar("P", bound=str)
 Tokenizer = Callable[..., Tensor]  # sentences -> token ids [N, L]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -198,6 +199,13 @@ def _tokenizer(model: str) -> Tokenizer:
     if "bpe_path" in kwargs:  # relative to the folder, so that it can be moved
         kwargs["bpe_path"] = str(folder / kwargs["bpe_path"])
     return open_clip.get_tokenizer(model, **kwargs)
+
+
+def trained_precision(precision: P, device: str) -> P | Literal["fp32", "bf16"]:
+    """Resolves "auto" for a frozen tower that gradients pass through: bf16 on a GPU, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device == "cuda" else "fp32"
 
 
 def half_precision(precision: Precision, device: torch.device) -> Precision:

@@ -19,7 +19,7 @@ from engine.clip.archive import is_archive, read_archive
 from engine.clip.text import plain_text
 from engine.config import UserError
 
-__all__ = ["LOCAL", "check_weights", "local_config", "vision_shape"]
+__all__ = ["LOCAL", "check_weights", "local_config", "named_tensors", "vision_shape"]
 
 LOCAL = "local-dir:"
 
@@ -43,6 +43,14 @@ def local_config(model: str) -> dict[str, Any]:
     """The architecture of a local-dir."""
     config = Path(model.removeprefix(LOCAL)) / "open_clip_config.json"
     return json.loads(config.read_text())["model_cfg"]
+
+
+def named_tensors(loaded: Any) -> dict[str, Tensor]:
+    """The tensors by name of what torch.load() gave: a state dict, or a dict that holds one, with
+    or without the prefix of a parallel wrapper. Empty for anything else."""
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
 def check_weights(model: str, weights: str, prefix: str) -> None:
@@ -141,6 +149,4 @@ def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
         )
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise UserError(f"{field}: {path} cannot be read as weights ({error})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    return {k.removeprefix("module."): tuple(v.shape) for k, v in state.items()}
+    return {key: tuple(tensor.shape) for key, tensor in named_tensors(state).items()}

@@ -118,6 +118,15 @@ class Corpus:
             hashlib.sha256(identity.encode()).hexdigest(),
         )
 
+    def require_labels_below(self, classes: int, names: str, where: str, field: str) -> None:
+        """Raises UserError where a label is beyond the `classes` names of the file `names`; the
+        corpus lies at `where`, as `field` says."""
+        if self.largest_label >= classes:
+            raise UserError(
+                f"classes.names: {names} has {classes} names, but {field} ({where}) has labels up "
+                f"to {self.largest_label}"
+            )
+
     @property
     def samples(self) -> int:
         return int(self.blocks[:, 2].sum())

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from engine.config import Section
 from engine.parse import parse
-from jobs import classes, distill, evaluate, index, predict, pretrain, shards
+from jobs import distill, evaluate, index, predict, pretrain, shards
 from jobs.seeds import mean, parse_seeds, spread
 from jobs.table import scores
 
@@ -70,27 +70,24 @@ def table(folder: Path, seed: int) -> dict[str, dict[str, float | None]]:
 def _run(folder: Path, domain: Path, seed: int) -> dict[str, dict[str, float | None]]:
     """Both stages, and the table of them."""
     teacher, student = (f"local-dir:{HERE / 'models' / name}" for name in ("teacher", "student"))
-    names, vectors = domain / "classes.txt", folder / f"class_vectors-{seed}.safetensors"
-    prompts = folder / f"teacher-{seed}" / "prompts.safetensors"
+    tuned = folder / f"teacher-{seed}"
     common = {
         "seed": seed,
         "runs_dir": folder,
         "corpus.evaluation": domain / "evaluation",
-        "classes.names": names,
+        "classes.names": domain / "classes.txt",
         "teacher.model": teacher,
     }
     tuning = {"name": f"teacher-{seed}", "corpus.shards": domain / "labelled"}
-    _promptkd(pretrain, SETTINGS / "pretrain.toml", "--overwrite", *_flags(tuning | common))
-    vectors.unlink(missing_ok=True)  # an earlier run's teacher may have been another
-    _promptkd(classes, names, vectors, "--model", teacher, "--prompts", prompts)
+    _promptkd(pretrain, SETTINGS / "pretrain.toml", "--overwrite", *flags(tuning | common))
     distilling = {
         "name": f"student-{seed}",
         "corpus.shards": domain / "shards",
-        "classes.vectors": vectors,
-        "teacher.prompts": prompts,
+        "classes.vectors": tuned / "class_vectors.safetensors",
+        "teacher.prompts": tuned / "prompts.safetensors",
         "student.model": student,
     }
-    _promptkd(distill, SETTINGS / "distill.toml", "--overwrite", *_flags(distilling | common))
+    _promptkd(distill, SETTINGS / "distill.toml", "--overwrite", *flags(distilling | common))
     return table(folder, seed)
 
 
@@ -113,7 +110,8 @@ def _make_corpora(domain: Path) -> None:
         _promptkd(index, domain / corpus)
 
 
-def _flags(values: Mapping[str, object]) -> list[object]:
+def flags(values: Mapping[str, object]) -> list[object]:
+    """Options of a command, by dotted field."""
     return [word for field, value in values.items() for word in (f"--{field}", value)]
 
 
