@@ -13,7 +13,7 @@ from engine.clip.towers import half_precision, trained_precision
 from engine.config import RunConfig, UserError
 from engine.progress import say
 
-__all__ = ["resolve", "start", "wait_for_room"]
+__all__ = ["resolve", "start", "wait_for_room", "wanted"]
 
 # Ray's usage reports and state exports serve no run, and slow its start.
 _QUIET_RAY = {
@@ -31,19 +31,19 @@ _QUIET_RAY = {
 }
 
 
-def start(config: RunConfig) -> bool:
-    """Joins the cluster that is named, or starts a local one. True if it is for us to shut down."""
+def start(address: str, cpus: float = 0) -> bool:
+    """Joins the cluster at `address` or RAY_ADDRESS, or starts a local one of at least `cpus` CPUs.
+    True if it is for us to shut down."""
     for name, value in _QUIET_RAY.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return False
-    address = config.ray.address or os.environ.get("RAY_ADDRESS", "")
+    address = address or os.environ.get("RAY_ADDRESS", "")
     if not address:
         say("starting Ray on this machine")
-        cpus = max(os.cpu_count() or 1, math.ceil(_wanted(config)["CPU"]))
         ray.init(
             address="local",
-            num_cpus=cpus,
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -64,6 +64,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """Replaces every "auto" by what the cluster has, and says what was chosen."""
     gpus = ray.cluster_resources().get("GPU", 0)
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
+    if device == "cuda" and config.corpus.isolate:
+        raise UserError("corpus.isolate: a child process decodes on the CPU alone; device is cuda")
     if device == "cuda" and not gpus:
         raise UserError("device: cuda is asked for, but the Ray cluster has no GPU")
     teacher, student = config.teacher, config.student
@@ -98,7 +100,7 @@ def wait_for_room(config: RunConfig, grows: bool) -> None:
     deadline = time.monotonic() + config.ray.start_timeout_s
     while True:
         have = ray.cluster_resources()
-        lacks = {kind: n for kind, n in _wanted(config).items() if n > have.get(kind, 0)}
+        lacks = {kind: n for kind, n in wanted(config).items() if n > have.get(kind, 0)}
         if not lacks:
             return
         text = ", ".join(f"{n:g} {kind}, has {have.get(kind, 0):g}" for kind, n in lacks.items())
@@ -111,7 +113,7 @@ def wait_for_room(config: RunConfig, grows: bool) -> None:
         time.sleep(5)
 
 
-def _wanted(config: RunConfig) -> dict[str, float]:
+def wanted(config: RunConfig) -> dict[str, float]:
     """Ray resources of all actors of a run."""
     student, teacher = config.student, config.teacher
     actors = teacher.actors if config.targets.source == "stream" else 0

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from braceexpand import braceexpand
+
 __all__ = [
     "ClassesConfig",
     "CorpusConfig",
@@ -23,11 +25,12 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "absolute",
+    "shards_field",
     "to_dict",
 ]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-PATH = {"path": True}  # metadata of fields that name a file, folder or glob
+PATH, SHARDS = {"path": "one"}, {"path": "several"}  # metadata of fields that name them
 
 
 class UserError(ValueError):
@@ -71,6 +74,11 @@ class Section:
                         raise UserError(f"{self.prefix}{name} {why}")
 
 
+def shards_field() -> Any:
+    """A field that names shards: folders, globs, URLs, with braces, `::` between."""
+    return field(default="", metadata=SHARDS)
+
+
 def path_field(default: str = "") -> Any:
     """A field that names a file, folder or glob."""
     return field(default=default, metadata=PATH)
@@ -82,16 +90,37 @@ class CorpusConfig(Section):
 
     prefix: ClassVar[str] = "corpus."
 
-    shards: str = path_field()
-    """Folder or glob of WebDataset .tar shards, indexed by `promptkd index`."""
-    evaluation: str = path_field()
-    """Folder or glob of held-out shards; labels (.cls) give base/novel accuracy. Empty: none."""
+    shards: str = shards_field()
+    """Shards that `promptkd index` has indexed: a folder, glob or URL (https, s3, gs, hf), with
+    {000..999} for numbers and :: between several."""
+    evaluation: str = shards_field()
+    """Held-out shards, named likewise; labels (.cls) give base/novel accuracy. Empty: none."""
     block_samples: Annotated[int, Range(1, 65536)] = 512
     """Most samples in a block, the unit of reading and labelling."""
     window_blocks: Annotated[int, Range(1, 4096)] = 4
     """Samples are shuffled within this many blocks of a lane."""
     lanes: Annotated[int, Range(1, 65536)] = 4
     """Lanes of a pass: a multiple of every number of student workers the run may have."""
+    memory_gb: Annotated[float, Range(0, above=True)] = 4.0
+    """Most encoded images a worker holds; blocks beyond it are read again when they are needed."""
+    max_skipped: Annotated[float, Range(0, 1)] = 0.1
+    """Largest share of images that may turn out unusable, beyond those that the index excludes,
+    before the run stops."""
+    hardware_jpeg: Annotated[float, Range(0, 1)] = 0.65
+    """Share of a batch's JPEGs for the hardware decoder of a GPU that has one."""
+    isolate: bool = False
+    """Decode in a child process, so that an image that crashes or hangs a decoder costs itself and
+    no worker; CPU decoding only."""
+    hosts: tuple[str, ...] = ()
+    """Hosts of URLs that may lie on private addresses, or be redirected to; HOST or HOST:PORT."""
+    timeout_s: Annotated[float, Range(0, above=True)] = 30.0
+    """Of a URL: longest wait for a byte."""
+    retries: Annotated[int, Range(0, 1000)] = 5
+    """Of a URL: times that a read is tried again, from where it broke off."""
+    cache: str = path_field()
+    """Folder for blocks read from URLs, shared by what runs on a node. Empty: none."""
+    cache_gb: Annotated[float, Range(0, above=True)] = 50.0
+    """Most the cache holds; what was used longest ago goes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +348,18 @@ def absolute(config: T) -> T:
         elif f.metadata == PATH and value and "://" not in value:
             is_tag = f.name == "weights" and not Path(value).exists()
             changes[f.name] = value if is_tag else str(Path(value).absolute())
+        elif f.metadata == SHARDS and value:
+            parts = [value] if Path(value).exists() else value.split("::")
+            changes[f.name] = "::".join(map(_absolute, parts))
         elif f.name == "model" and value.startswith("local-dir:"):
             folder = Path(value.removeprefix("local-dir:"))
             changes[f.name] = f"local-dir:{folder.absolute()}"
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _absolute(part: str) -> str:
+    """Some shards, by absolute paths: where a brace comes first, each of what it stands for."""
+    if "://" in part:
+        return part
+    names = braceexpand(part) if part.startswith("{") and not Path(part).exists() else [part]
+    return "::".join(str(Path(name).absolute()) for name in names)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from engine.config import Range, Run, Section, UserError, path_field
+from engine.config import Range, Run, Section, UserError, path_field, shards_field
 
 __all__ = ["LearnConfig", "NamesConfig", "PretrainConfig", "PromptsConfig", "ShotsConfig"]
 
@@ -14,12 +14,14 @@ class ShotsConfig(Section):
 
     prefix: ClassVar[str] = "corpus."
 
-    shards: str = path_field()
+    shards: str = shards_field()
     """Folder or glob of labelled shards (.cls), indexed; a few samples of each class are used."""
-    evaluation: str = path_field()
+    evaluation: str = shards_field()
     """Folder or glob of held-out labelled shards. Empty: none."""
     shots: Annotated[int, Range(1)] = 16
     """Samples of a class."""
+    hosts: tuple[str, ...] = ()
+    """Hosts of URLs that may lie on private addresses, or be redirected to; HOST or HOST:PORT."""
     classes: Literal["base", "all"] = "base"
     """Classes to learn from: the first half, or (cross-dataset, few-shot) all."""
 

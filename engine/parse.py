@@ -97,7 +97,9 @@ def _file_flags(file: str, schema: type) -> Iterator[str]:
             raise UserError(f"{file}: --{name} cannot be {value!r}")
         if value is None:
             continue  # as it is by default
-        if known is bool:
+        if get_origin(known) is tuple:
+            yield from (f"--{name}", *value)
+        elif known is bool:
             flag = last if value else f"no_{last}"
             yield f"--{section}.{flag}" if section else f"--{flag}"
         elif not known and (last == "help" or last.startswith("no_")):
@@ -131,6 +133,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple(type(choice) for choice in get_args(kind)))
     if get_origin(kind) is UnionType:
         return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_fits(one, get_args(kind)[0]) for one in value)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if kind is float:

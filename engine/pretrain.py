@@ -18,8 +18,9 @@ from engine.config import RunFailed, UserError, absolute
 from engine.config_pretrain import PretrainConfig
 from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
-from engine.data.loader import AHEAD, Loader, Work
+from engine.data.loader import Loader, Work
 from engine.data.shots import Shots, choose
+from engine.data.storage import Access
 from engine.data.views import ViewPolicy
 from engine.progress import Watch, say
 from engine.telemetry import Recorder
@@ -120,7 +121,7 @@ def learn(
     )
     average, ledger = Average(train), Ledger()
     recorder = Recorder(folder)
-    loader = Loader(shots, decoder, works, len(shots.samples), AHEAD)
+    loader = Loader(shots, decoder, works, shots.block_bytes(0))
     sums, images, logged = torch.zeros(3, device=device), 0, time.perf_counter()
     try:
         for decoded in loader:
@@ -192,6 +193,6 @@ def _labelled(
     config: PretrainConfig, which: Literal["shards", "evaluation"], classes: int
 ) -> Corpus:
     field, where = f"corpus.{which}", getattr(config.corpus, which)
-    corpus = Corpus.open(where, _BLOCK, field)
+    corpus = Corpus.open(where, _BLOCK, field, Access(config.corpus.hosts))
     corpus.require_labels_below(classes, config.classes.names, where, field)
     return corpus

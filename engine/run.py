@@ -37,7 +37,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
     config = absolute(config)
     names = check(config)
-    ours = cluster.start(config)
+    ours = cluster.start(config.ray.address, cluster.wanted(config)["CPU"])
     try:
         config = cluster.resolve(config)
         cluster.wait_for_room(config, grows=not ours)
@@ -60,6 +60,9 @@ def distill(config: RunConfig) -> dict[str, Any]:
     finally:
         if ours:
             ray.shutdown()
+    if why := told.get("spoilt"):
+        run_folder.write(folder / "ledger.json", _ledger_so_far(config))
+        raise RunFailed(f"{why}. What was learned is in {folder / 'checkpoints'}")
     if why := told.get("collapsed"):
         run_folder.write(folder / "ledger.json", _ledger_so_far(config))
         raise RunFailed(
@@ -171,6 +174,8 @@ def _summary(name: str, told: dict[str, Any], wall_s: float) -> dict[str, Any]:
             "data": told["waited_data_s"] / train_s,
         },
         **{model: told["scores"].get(model, unknown) for model in models},
+        "data": told["data"],
+        "skipped": told["ledger"]["skipped"],
         "evaluation": told["evaluation"],
         "selection": told["selection"],
         "rollbacks": told["rollbacks"],

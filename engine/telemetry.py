@@ -5,12 +5,15 @@ import logging
 import os
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pynvml
 
-__all__ = ["GpuSampler", "Recorder"]
+__all__ = ["GpuSampler", "Recorder", "Stopwatch"]
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +29,39 @@ class Recorder:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Stopwatch:
+    """How long something takes, and how many bytes go through it. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self.total_s, self._bytes, self._laps = 0.0, 0, 0
+        self._recent_s: deque[float] = deque(maxlen=1000)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lap(self, size: int = 0) -> Iterator[None]:
+        """Times its body, through which `size` bytes go."""
+        started = time.perf_counter()
+        yield
+        took_s = time.perf_counter() - started
+        with self._lock:
+            self.total_s += took_s
+            self._bytes += size
+            self._laps += 1
+            self._recent_s.append(took_s)
+
+    def statement(self) -> dict[str, float]:
+        """Laps, seconds and bytes in all; median and 99th percentile of the last thousand laps."""
+        with self._lock:
+            recent = sorted(self._recent_s) or [0.0]
+            return {
+                "laps": self._laps,
+                "s": self.total_s,
+                "p50_s": recent[len(recent) // 2],
+                "p99_s": recent[len(recent) * 99 // 100],
+                "bytes": self._bytes,
+            }
 
 
 class GpuSampler:

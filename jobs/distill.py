@@ -50,6 +50,9 @@ def main(args: Sequence[str]) -> int:
         summary = distill(config)
         print(table(summary))
         print(weights(summary))
+        if skipped := summary["skipped"]:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
+            print(f"skipped in all passes: {reasons}")
         print(f"run folder: {config.folder}")
         return 0
     runs = {seed: of_seed(config, seed) for seed in seeds}

@@ -48,8 +48,6 @@ class PredictConfig(Section):
 
 def main(args: Sequence[str]) -> None:
     config = parse(PredictConfig, args, prog="promptkd predict")
-    import torch
-
     from engine.clip.bundle import Bundle
     from engine.data.decode import Decoder
     from engine.data.images import Decoded, decoded, find, samples
@@ -69,8 +67,8 @@ def main(args: Sequence[str]) -> None:
         batches: Iterable[Decoded] = decoded(chain([first], named), decoder, config.batch)
         if not out.isatty():  # a bar would run through the lines
             batches = track(batches, "predicting")
-        for names, images_BHWC, reasons in batches:
-            logits_BN = predictor(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2))
+        for names, images_BCHW, reasons in batches:
+            logits_BN = predictor(images_BCHW)
             best = logits_BN.softmax(-1).topk(top)
             for name, reason, probabilities, rows in zip(
                 names, reasons, best.values.tolist(), best.indices.tolist(), strict=True

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +63,10 @@ def images_folder(tmp_path_factory: pytest.TempPathFactory, encoded) -> Path:
 @pytest.fixture(scope="session")
 def index() -> Callable[[Path], Path]:
     """index(folder): indexes the shards of a folder, as `promptkd index` does."""
-    from engine.data.shards import index_shard, write_manifest
+    from engine.index import index
 
     def run(folder: Path) -> Path:
-        write_manifest(folder, [index_shard(path) for path in sorted(folder.glob("*.tar"))])
+        index(str(folder), workers=1)
         return folder
 
     return run
@@ -80,3 +80,13 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory, images_folder: Path,
     folder = tmp_path_factory.mktemp("corpus")
     write_shards(images_folder, folder, None, shard_samples=10, skip_invalid=False)
     return index(folder)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A cluster of this machine, of four CPUs whatever it has."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

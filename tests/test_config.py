@@ -239,6 +239,13 @@ def test_absolute_makes_paths_mean_the_same_elsewhere(tmp_path: Path, monkeypatc
     assert (config.teacher.weights, config.student.weights) == (f"{tmp_path}/teacher.pt", "openai")
     assert (config.teacher.model, config.student.model) == ("ViT-L-14", f"local-dir:{tmp_path}/m")
     assert config.name == "a" and absolute(config) == config
+    both = absolute(run_config("--name", "a", "--corpus.shards", "a/{0..9}.tar::https://h/x.tar"))
+    assert both.corpus.shards == f"{tmp_path}/a/{{0..9}}.tar::https://h/x.tar"
+    braces = absolute(run_config("--name", "a", "--corpus.shards", "{/m/a,b}/{0..9}.tar"))
+    assert braces.corpus.shards.split("::")[::10] == ["/m/a/0.tar", f"{tmp_path}/b/0.tar"]
+    Path("c::d").mkdir()
+    odd = absolute(run_config("--name", "a", "--corpus.shards", "c::d"))
+    assert odd.corpus.shards == f"{tmp_path}/c::d"
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)

@@ -3,14 +3,24 @@
 import io
 import shutil
 import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tars import write_tar
 from tiny import spoil
 
 from engine.config import UserError
-from engine.data.corpus import MANIFEST, Corpus
+from engine.data import corpus as corpus_module
+from engine.data import parquet
+from engine.data.corpus import Corpus
+from engine.data.manifest import MANIFEST
+from engine.data.storage import Access, Storage
+from engine.index import index as index_into
 
 
 @pytest.fixture
@@ -28,11 +38,13 @@ def complaint(where: Path | str, field: str = "corpus.shards") -> str:
 
 def test_blocks_are_cut_within_shards(corpus_folder):
     corpus = Corpus.open(str(corpus_folder), 4)
-    assert corpus.blocks.tolist() == [
-        [0, 0, 4], [0, 4, 4], [0, 8, 2], [1, 0, 4], [1, 4, 4], [1, 8, 2], [2, 0, 4]
+    blocks = [corpus.blocks.at(block) for block in range(len(corpus.blocks))]
+    assert blocks == [
+        (0, 0, 4), (0, 4, 4), (0, 8, 2), (1, 0, 4), (1, 4, 4), (1, 8, 2), (2, 0, 4)
     ]  # fmt: skip
-    assert corpus.samples == 24 and corpus.counts.tolist() == [4, 4, 2, 4, 4, 2, 4]
-    assert Corpus.open(str(corpus_folder), 10).counts.tolist() == [10, 10, 4]
+    assert corpus.samples == 24
+    tens = Corpus.open(str(corpus_folder), 10).blocks
+    assert [tens.at(block).length for block in range(len(tens))] == [10, 10, 4]
 
 
 @pytest.mark.parametrize("block_samples", [1, 3, 10, 512])
@@ -72,21 +84,36 @@ def test_the_fingerprint_is_of_the_contents(copy, corpus_folder, index):
     assert Corpus.open(str(copy), 4).fingerprint == Corpus.open(str(corpus_folder), 9).fingerprint
     shard = copy / "000001.tar"
     data = bytearray(shard.read_bytes())
-    data[-3000] ^= 1
+    image = Corpus.open(str(copy), 4).read(4)[1]
+    data[data.index(bytes(image.data)) + len(image.data) // 2] ^= 1
     shard.write_bytes(data)
     index(copy)
     assert Corpus.open(str(copy), 4).fingerprint != Corpus.open(str(corpus_folder), 4).fingerprint
 
 
 def test_a_place_without_shards_is_named(tmp_path):
-    assert f"no .tar shards at {tmp_path}" in complaint(tmp_path)
+    assert f"{tmp_path}/{MANIFEST} is missing; run `promptkd index" in complaint(tmp_path)
     assert "corpus.evaluation: no .tar" in complaint(tmp_path / "none", "corpus.evaluation")
     assert "is not set" in complaint("")
 
 
-@pytest.mark.parametrize("where", ["s3://bucket/x", "pipe:cat x.tar", "https://host/{0..9}.tar"])
+@pytest.mark.parametrize("where", ["pipe:cat x.tar", "ftp://host/0.tar", "file:x.tar"])
 def test_other_schemes_are_refused(where: str):
-    assert f"{where}: only local" in complaint(where)
+    assert f"{where}: only paths and urls" in complaint(where)
+
+
+def test_braces_stand_for_numbers_and_colons_join(copy, corpus_folder):
+    numbers = Corpus.open(f"{copy}/{{000000..000002..2}}.tar", 4)
+    assert numbers.shards == (f"{copy}/000000.tar", f"{copy}/000002.tar")
+    both = Corpus.open(f"{corpus_folder}::{copy}/000002.tar", 4)
+    assert both.samples == 28 and both.shards[3] == f"{copy}/000002.tar"
+    assert [s.data for s in both.read(7)] == [s.data for s in both.read(6)]
+    assert "000003.tar is not in" in complaint(f"{copy}/{{000000..000007}}.tar")
+    assert "twice" in complaint(f"{copy}::{copy}/000001.tar")
+    for many in ("{0..99999999}", "{-99999999..9}", "{0..9999}{0..9999}"):
+        assert "more than 10,000,000" in complaint(f"{copy}/{many}.tar")
+    few = "{000000..999999..999999}"
+    assert f"{copy}/999999.tar is not in" in complaint(f"{copy}/{few}.tar")
 
 
 def test_a_packed_tar_is_refused(copy):
@@ -95,14 +122,16 @@ def test_a_packed_tar_is_refused(copy):
     assert Corpus.open(str(copy), 4).samples == 24
 
 
-def test_shards_of_two_folders_are_refused(copy):
-    shutil.copytree(copy, copy.with_name("other"))
-    assert "several folders" in complaint(copy.parent / "*" / "*.tar")
+def test_shards_of_two_folders_are_one_corpus(copy):
+    other = shutil.copytree(copy, copy.with_name("other"))
+    every = Corpus.open(f"{copy.parent}/*/00000[12].tar", 4)
+    assert every.shards == tuple(f"{f}/00000{n}.tar" for f in (copy, other) for n in (1, 2))
+    assert Corpus.open(f"{copy.parent}/*", 4).samples == 48
 
 
 def test_a_missing_manifest_or_index_is_named(copy):
-    (copy / "000001.idx").unlink()
-    assert f"{copy}/000001.tar has no .idx" in complaint(copy)
+    (copy / "000001.arrow").unlink()
+    assert f"{copy}/000001.tar has no index {copy}/000001.arrow" in complaint(copy)
     (copy / MANIFEST).unlink()
     assert f"{copy / MANIFEST} is missing; run `promptkd index" in complaint(copy)
     (copy / MANIFEST).write_bytes(b"not parquet")
@@ -126,18 +155,15 @@ def test_a_shard_that_is_new_or_changed_is_named(copy):
     assert f"{copy}/000001.tar has {size + 1} bytes, its manifest says {size}" in message
 
 
-def test_an_index_of_another_version_is_named(copy):
-    file = copy / "000000.idx"
-    file.write_text(file.read_text().replace("v1.2", "v1.1", 1))
-    with pytest.raises(UserError, match=rf"{file}: not a v1\.2 index"):
+def test_an_index_that_does_not_fit_is_named(copy):
+    """One cut short, one of another shard."""
+    file, whole = copy / "000000.arrow", (copy / "000000.arrow").read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{file}: not a shard's index"):
         Corpus.open(str(copy), 4).read(0)
-
-
-def test_an_index_that_is_too_short_is_named(copy):
-    file = copy / "000000.idx"
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
-    with pytest.raises(UserError, match=str(file)):
-        Corpus.open(str(copy), 4).read(1)
+    shutil.copy(copy / "000001.arrow", file)
+    with pytest.raises(UserError, match=rf"{file}: does not fit its manifest"):
+        Corpus.open(str(copy), 4).read(0)
 
 
 def test_an_index_made_anew_is_read_anew(copy, index, encoded):
@@ -173,7 +199,7 @@ def test_excluded_samples_keep_their_place(copy, index):
     assert [one.reason for one in after] == [None, "format", None, None]
     assert after[1].data is None and after[1].label == before[1].label
     assert [after[i].data for i in (0, 2, 3)] == [before[i].data for i in (0, 2, 3)]
-    assert np.array_equal(Corpus.open(str(copy), 4).blocks, corpus.blocks)
+    assert Corpus.open(str(copy), 4).samples == corpus.samples
 
 
 def test_picked_samples_are_those_of_the_blocks(corpus_folder):
@@ -208,9 +234,168 @@ def test_a_sample_that_is_excluded_or_unlabelled_has_no_label(copy, index, image
     assert [one.reason for one in corpus.pick(0, [1, 2])] == ["format", None]
 
 
-def test_a_shard_that_changed_under_its_index_is_named(copy):
+def test_images_that_changed_under_their_index_are_skipped(copy, capsys):
+    """Some bytes of one image, at the same size: its neighbours are as they were."""
     corpus = Corpus.open(str(copy), 4)
-    shard = copy / "000001.tar"
-    shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(UserError, match=rf"^{shard} has changed since it was indexed"):
-        corpus.labels(1)
+    before = corpus.read(4)
+    data = bytearray((copy / "000001.tar").read_bytes())
+    data[data.index(bytes(before[1].data)) + 30] ^= 1
+    (copy / "000001.tar").write_bytes(data)
+    after = Corpus.open(str(copy), 4).read(4)
+    assert [one.reason for one in after] == [None, "changed", None, None]
+    assert after[1].data is None and after[2] == before[2]
+    assert f"{copy}/000001.tar: has changed since" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_gone_or_grows_while_it_is_read_is_skipped(copy, capsys):
+    corpus = Corpus.open(str(copy), 4)
+    with open(copy / "000000.tar", "ab") as shard:
+        shard.write(b"more")
+    (copy / "000001.tar").unlink()
+    assert [one.reason for one in corpus.read(0)] == ["changed"] * 4
+    assert [one.reason for one in corpus.read(3) + corpus.read(4)] == ["unreadable"] * 8
+    told = capsys.readouterr().err
+    assert told.count("000000.tar: changed") == 1 and told.count("000001.tar: unreadable") == 1
+    assert [one.reason for one in corpus.read(6)] == [None] * 4
+
+
+@pytest.fixture
+def storage(monkeypatch) -> Storage:
+    """That of the corpora that are opened: it counts what is read."""
+    one = Storage(Access())
+    monkeypatch.setattr(corpus_module, "Storage", lambda _: one)
+    return one
+
+
+def in_parquet(path: Path, images: Sequence[bytes], group: int, **how) -> Path:
+    how = {"compression": "none", "use_dictionary": False, "write_statistics": False, **how}
+    pq.write_table(pa.table({"jpg": images}), path, row_group_size=group, **how)
+    return path
+
+
+def test_a_row_group_is_read_once_for_all_its_blocks(tmp_path, encoded, index, storage):
+    images = [encoded(60, 40, i % 7) for i in range(120)]
+    size = in_parquet(tmp_path / "0.parquet", images, 50).stat().st_size
+    corpus = Corpus.open(str(index(tmp_path)), 10)
+    before = storage.bytes_read
+    samples = [one for block in range(len(corpus.blocks)) for one in corpus.read(block)]
+    assert [bytes(one.data) for one in samples] == images
+    assert storage.bytes_read - before < 1.5 * size
+
+
+def test_of_row_groups_the_last_are_kept(tmp_path, encoded, index, storage, monkeypatch):
+    """Not more than fit, but one; and picked samples of one group are read together."""
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 1)
+    images = [encoded(60, 40, i % 7) for i in range(100)]
+    size = in_parquet(tmp_path / "0.parquet", images, 50).stat().st_size
+    corpus = Corpus.open(str(index(tmp_path)), 10)
+
+    def read_by(read, *arguments) -> float:
+        before = storage.bytes_read
+        assert all(one.data == images[one.position] for one in read(*arguments))
+        return (storage.bytes_read - before) / size
+
+    read_by(corpus.read, 0)
+    assert read_by(corpus.read, 1) == 0
+    for block in (5, 0):
+        assert 0.4 < read_by(corpus.read, block) < 0.6
+    positions = [70, 3, 99, 4, 51]
+    assert [one.position for one in corpus.pick(0, positions)] == positions
+    assert read_by(corpus.pick, 0, positions) < 1.1
+
+
+def test_threads_read_parquet_side_by_side(tmp_path, encoded, index, monkeypatch):
+    images = [encoded(60, 40, i % 7) for i in range(90)]
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 2 * sum(map(len, images)) // 9)
+    for number in range(3):
+        in_parquet(tmp_path / f"{number}.parquet", images, 10, compression="snappy")
+    corpus = Corpus.open(str(index(tmp_path)), 5)
+    order = np.random.default_rng(0).permutation(4 * len(corpus.blocks)) % len(corpus.blocks)
+    with ThreadPoolExecutor(8) as pool:
+        for block in pool.map(corpus.read, order.tolist()):
+            assert [bytes(one.data) for one in block] == [images[one.position] for one in block]
+
+
+def of_size(path: Path, images: list[bytes], size: int, **how) -> None:
+    """Such a parquet file of so many bytes: its last image is padded."""
+    while missing := size - in_parquet(path, images, 100, **how).stat().st_size:
+        images = [*images[:-1], (images[-1] + bytes(max(missing, 0)))[: len(images[-1]) + missing]]
+
+
+@pytest.mark.parametrize("change", ["footer", "column", "page", "rows"])
+def test_a_parquet_shard_that_changed_is_skipped(tmp_path, encoded, index, capsys, change: str):
+    """At the same size."""
+    images = [encoded(60, 40, i) for i in range(20)]
+    shard = in_parquet(tmp_path / "0.parquet", images, 100)
+    data = shard.read_bytes()
+    corpus = Corpus.open(str(index(tmp_path)), 10)
+    if change == "footer":
+        shard.write_bytes(data[:-4] + b"XXXX")
+    elif change == "column":
+        head, _, tail = data.rpartition(b"ARROW:schema")
+        shard.write_bytes(head.replace(b"jpg", b"jpx") + b"ARROW:schemb" + tail)
+    elif change == "page":
+        shard.write_bytes(data[:4] + bytes(byte ^ 0x5A for byte in data[4:40]) + data[40:])
+    else:
+        of_size(shard, images[:-1], len(data))
+    assert [(one.reason, one.data) for one in corpus.read(1)] == [("changed", None)] * 10
+    assert [one.reason for one in corpus.pick(0, [3, 1])] == ["changed"] * 2
+    assert capsys.readouterr().err.count("0.parquet: changed, and skipped") == 1
+
+
+def test_what_lies_between_two_images_is_not_read(tmp_path, encoded, index, storage):
+    """Where it is much: a film."""
+    images = [encoded(60, 40, i) for i in range(4)]
+    film = bytes(3 << 20)
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            ("0.jpg", images[0]),
+            ("0.mp4", film),
+            ("1.jpg", images[1]),
+            ("1.txt", b"a caption"),
+            ("2.jpg", images[2]),
+            ("2.mp4", film),
+            ("3.jpg", images[3]),
+        ],
+    )
+    corpus = Corpus.open(str(index(tmp_path)), 10)
+    before = storage.bytes_read
+    assert [bytes(one.data) for one in corpus.read(0)] == images
+    assert storage.bytes_read - before < 1 << 20
+
+
+def test_only_the_first_shards_that_fail_are_announced(tmp_path, encoded, index, capsys):
+    for number in range(8):
+        write_tar(tmp_path / f"{number}.tar", [("0.jpg", encoded(30, 20))])
+    corpus = Corpus.open(str(index(tmp_path)), 1)
+    for shard in tmp_path.glob("*.tar"):
+        shard.unlink()
+    capsys.readouterr()
+    with ThreadPoolExecutor(4) as pool:
+        reasons = [one.reason for block in pool.map(corpus.read, [*range(8)] * 2) for one in block]
+    assert reasons == ["unreadable"] * 16
+    told = capsys.readouterr().err
+    assert told.count(".tar: unreadable") == 5 and told.count("further shards") == 1
+
+
+def test_a_file_that_cannot_be_read_is_announced(tmp_path, encoded, capsys):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(encoded(30, 20, number))
+    index_into(str(folder), tmp_path / "index", workers=1)
+    corpus = Corpus.open(str(tmp_path / "index"), 10)
+    (folder / "1.jpg").unlink()
+    assert [one.reason for one in corpus.read(0)] == [None, "unreadable", None]
+    assert "1.jpg" in capsys.readouterr().err
+
+
+def test_the_fingerprint_tells_what_is_excluded(copy):
+    shutil.copy(copy / "000000.tar", copy / "000003.tar")
+    index_into(str(copy), workers=1)
+    plain = Corpus.open(str(copy), 4)
+    index_into(str(copy), workers=1, dedup=True)
+    without = Corpus.open(str(copy), 4)
+    assert without.excluded == plain.excluded + 10
+    assert without.fingerprint != plain.fingerprint

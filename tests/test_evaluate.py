@@ -107,7 +107,7 @@ def test_scores_are_those_of_all_usable_images(folder, teacher, block_samples, b
     samples = [s for b in range(3) for s in Corpus.open(str(folder), 100).read(b)]
     images, reasons = Decoder(POLICY, "cpu", 1).decode(samples, TEST_VIEW)
     usable = [row for row, reason in enumerate(reasons) if reason is None]
-    pixels = torch.from_numpy(images[usable]).permute(0, 3, 1, 2)
+    pixels = images[usable]
     labels = torch.tensor([samples[row].label for row in usable])
     theirs = teacher.logits(pixels)
     assert tallies["colour"].tolist() == tally(colour(pixels), labels, 2, theirs).tolist()
@@ -118,15 +118,18 @@ def test_scores_are_those_of_all_usable_images(folder, teacher, block_samples, b
 
 def test_a_right_model_scores_all(folder):
     """Labels are found again with the images they belong to, in whatever parts they come."""
+
+    def in_bytes(image: torch.Tensor) -> bytes:
+        return image.numpy().tobytes()
+
     known = {}
     for block in range(3):
         samples = Corpus.open(str(folder), 100).read(block)
         images, _ = Decoder(POLICY, "cpu", 1).decode(samples, TEST_VIEW)
-        known |= {image.tobytes(): s.label for image, s in zip(images, samples, strict=True)}
+        known |= {in_bytes(image): s.label for image, s in zip(images, samples, strict=True)}
 
     def right(images: torch.Tensor) -> torch.Tensor:
-        rows = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-        return torch.eye(CLASSES)[[known[row.tobytes()] for row in rows]]
+        return torch.eye(CLASSES)[[known[in_bytes(image)] for image in images]]
 
     tallies, _ = run(folder, {"right": right}, None, 8, 3)
     score = Score.of(tallies["right"])

@@ -55,7 +55,7 @@ def test_a_folder_becomes_a_corpus_and_a_strange_file_is_named(images_folder, tm
     assert promptkd("shards", strange.parent, tmp_path / "other") == 2
     assert str(strange) in capsys.readouterr().err
     assert promptkd("index", tmp_path / "mixed") == 2
-    assert "no .tar shards" in capsys.readouterr().err
+    assert "name a folder for it by --out DIR" in capsys.readouterr().err
 
 
 def test_class_vectors_are_stored(tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_images_that_share_a_key_are_told_of(images_folder, tmp_path, capsys):
             tar.add(image, name)
     assert promptkd("index", tmp_path) == 0
     told = capsys.readouterr().out
-    assert "1 shards, 2 samples" in told and "1 more images than samples" in told
+    assert "1 shards, 2 samples" in told and "1 images beside the first" in told
 
 
 @pytest.mark.ray

@@ -1,20 +1,28 @@
 """engine.data.order: each sample once a pass, the same steps at any world size."""
 
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.data.order import Order, Share, cut_blocks, permute
+from engine.data.order import Blocks, Order, Share
+from engine.train.loop import kept, training_works
+
+SHARDS = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=12)
+
+
+def corpus(samples: list[int], block_samples: int) -> Blocks:
+    return Blocks(np.array(samples, np.int64), block_samples)
 
 
 @st.composite
 def orders(draw: st.DrawFn, multiple: int = 1) -> Order:
     lanes = multiple * draw(st.integers(1, 4))
     return Order(
-        counts=np.array(draw(st.lists(st.integers(1, 9), min_size=1, max_size=12)), np.int64),
+        corpus(draw(SHARDS.filter(any)), draw(st.integers(1, 12))),
         lanes=lanes,
         batch=lanes * draw(st.integers(1, 7)),
         window_samples=draw(st.integers(1, 20)),
@@ -32,46 +40,23 @@ def pass_ids(order: Order, pass_: int) -> list[tuple[int, int]]:
 
 
 def every_id(order: Order) -> list[tuple[int, int]]:
-    return [(b, offset) for b, count in enumerate(order.counts.tolist()) for offset in range(count)]
+    lengths = [order.blocks.at(block).length for block in range(len(order.blocks))]
+    return [(block, offset) for block, length in enumerate(lengths) for offset in range(length)]
 
 
-@given(size=st.one_of(st.integers(1, 300), st.integers(1, 20_000)), key=st.integers(0, 2**64))
-def test_permute_is_a_bijection(size: int, key: int):
-    images = permute(np.arange(size), size, key, 3)
-    assert np.array_equal(np.sort(images), np.arange(size))
-
-
-@pytest.mark.parametrize("size", [2**40 - 1, 2**40, 2**40 + 1, 2**62])
-def test_permute_stays_inside_a_huge_range_without_collisions(size: int):
-    index = np.arange(50_000) * (size // 50_000)
-    images = permute(index, size, 1)
-    assert images.min() >= 0 and images.max() < size
-    assert len(np.unique(images)) == len(index)
-
-
-def test_permute_spreads_evenly():
-    """The mean place that a sample goes to, over many keys, is the middle: for each sample."""
-    size, keys = 37, 400
-    places = np.stack([permute(np.arange(size), size, key) for key in range(keys)])
-    deviation = np.sqrt((size**2 - 1) / 12 / keys)
-    assert np.abs(places.mean(axis=0) - (size - 1) / 2).max() < 4.5 * deviation
-    assert places.std(axis=0).min() > 0.85 * np.sqrt((size**2 - 1) / 12)
-
-
-def test_permute_never_changes():
-    """Resuming a run on a newer version relies on these numbers."""
-    assert permute(np.arange(8), 8, 1, 2).tolist() == [4, 6, 5, 2, 1, 0, 3, 7]
-    far = permute(np.array([0, 10**12]), 2 * 10**12, 7)
-    assert far.tolist() == [1833591069713, 247722258708]
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(1, 12))
+@given(SHARDS, st.integers(1, 12))
 def test_blocks_tile_every_shard(samples: list[int], most: int):
-    blocks = cut_blocks(np.array(samples, np.int64), most)
-    assert blocks[:, 2].max(initial=1) <= most and blocks[:, 2].min(initial=1) >= 1
-    covered = [(s, at + i) for s, at, length in blocks.tolist() for i in range(length)]
+    blocks = corpus(samples, most)
+    cut = [blocks.at(block) for block in range(len(blocks))]
+    assert all(1 <= length <= most for _, _, length in cut)
+    covered = [(s, at + i) for s, at, length in cut for i in range(length)]
     assert covered == [(s, i) for s, count in enumerate(samples) for i in range(count)]
+    lengths = [length for _, _, length in cut]
+    assert blocks.lengths(np.arange(len(blocks))).tolist() == lengths
     assert len(blocks) == sum(-(-count // most) for count in samples)
+    assert blocks.samples == sum(samples) and blocks.largest == max(lengths, default=0)
+    with pytest.raises(AssertionError):
+        blocks.at(len(blocks))
 
 
 @given(orders(), st.integers(0, 5))
@@ -148,31 +133,89 @@ def test_coming_names_only_what_its_rank_will_use(order: Order, world: int):
         assert named == used
 
 
+@given(orders(multiple=4), st.integers(0, 5), st.sampled_from([1, 2, 4]), st.data())
+def test_a_step_needs_no_steps_before_it(order: Order, pass_: int, world: int, data: st.DataObject):
+    fresh = Order(order.blocks, order.lanes, order.batch, order.window_samples, order.seed)
+    rank = data.draw(st.integers(0, world - 1))
+    at = data.draw(st.integers(0, order.steps - 1))
+    shares = [order.share(pass_, step, rank, world) for step in range(at + 1)]
+    coming = [order.coming(pass_, step, rank, world) for step in range(at + 1)]
+    for column, alone in zip(shares[at], fresh.share(pass_, at, rank, world), strict=True):
+        assert np.array_equal(column, alone)
+    assert coming[at] == fresh.coming(pass_, at, rank, world)
+
+
+@given(orders())
+def test_padding_too_names_samples_that_there_are(order: Order):
+    share = order.share(0, order.steps - 1)
+    everything = {block for block, _ in every_id(order)}
+    assert set(share.blocks.tolist()) <= everything
+    assert (share.offsets < order.blocks.lengths(share.blocks)).all() and share.offsets.min() >= 0
+
+
+@given(orders(multiple=4), st.sampled_from([1, 2, 4]))
+def test_a_window_is_announced_once_a_pass(order: Order, world: int):
+    """A block is named once for each window of a lane that has some of it; of the next pass, only
+    the blocks of the lanes' first windows."""
+    per_lane = order.batch // order.lanes
+    for rank in range(world):
+        named = Counter(
+            one for step in range(order.steps) for one in order.coming(1, step, rank, world)
+        )
+        windows, first = set(), set()
+        for step in range(order.steps):
+            lists = [order.coming(1, step, rank, world)]
+            assert all(len(set(one)) == len(one) for one in lists)
+            within = np.arange(step * per_lane, (step + 1) * per_lane)
+            for lane in range(rank, order.lanes, world):
+                for pass_, found in ((1, windows), (2, first)):
+                    share = order.share(pass_, step, lane, order.lanes)
+                    window = within // order.window_samples
+                    for b, w in zip(share.blocks[share.valid], window[share.valid], strict=True):
+                        if pass_ == 1 or w == 0:
+                            found.add((int(b), lane, int(w)))
+        uses = Counter(block for block, _, _ in windows)
+        assert all(named[1, block] <= count for block, count in uses.items())
+        assert {b for p, b in named if p == 1} == set(uses)
+        assert {b for p, b in named if p == 2} == {block for block, _, _ in first}
+        of_next = Counter(block for block, _, _ in first)
+        assert all(named[2, block] <= count for block, count in of_next.items())
+
+
 def test_a_window_comes_one_window_ahead_and_no_earlier():
-    order = Order(np.full(6, 10, np.int64), lanes=1, batch=5, window_samples=10, seed=5)
+    order = Order(corpus([60], 10), lanes=1, batch=5, window_samples=10, seed=5)
     assert [len(order.coming(0, step)) for step in range(8)] == [2, 0, 1, 0, 1, 0, 1, 0]
 
 
 def test_the_end_of_a_pass_brings_the_start_of_the_next():
-    order = Order(np.full(6, 10, np.int64), lanes=2, batch=4, window_samples=10, seed=5)
+    order = Order(corpus([60], 10), lanes=2, batch=4, window_samples=10, seed=5)
     named = {one for step in range(order.steps) for one in order.coming(0, step)}
     first = {(1, block) for step in range(5) for block, _ in ids(order.share(1, step))}
     assert len(first) == 2 and first == {one for one in named if one[0] == 1}
 
 
+def test_a_window_of_short_blocks_brings_them_all():
+    """Shards of 3: a unit of 10 has samples of four or five of them."""
+    order = Order(corpus([3] * 40, 10), lanes=1, batch=5, window_samples=10, seed=5)
+    for step in range(0, order.steps, 2):
+        used = {(0, b) for half in (0, 1) for b, _ in ids(order.share(0, step + half))}
+        assert len(used) in (4, 5)
+        assert used <= set(order.coming(0, step, afresh=True))
+
+
 def test_passes_and_seeds_differ():
-    counts = np.full(40, 5, np.int64)
-    orders_ = [Order(counts, lanes=4, batch=20, window_samples=10, seed=seed) for seed in (1, 2)]
+    blocks = corpus([5] * 40, 5)
+    orders_ = [Order(blocks, lanes=4, batch=20, window_samples=10, seed=seed) for seed in (1, 2)]
     seen = [pass_ids(order, pass_) for order in orders_ for pass_ in range(3)]
     assert len({tuple(one) for one in seen}) == 6
     assert [pass_ids(orders_[0], pass_) for pass_ in range(3)] == seen[:3]
-    blocks = {tuple(block for block, _ in one[:10]) for one in seen}
-    assert len({frozenset(first) for first in blocks}) == 6  # the blocks too, not only the samples
+    firsts = {tuple(block for block, _ in one[:10]) for one in seen}
+    assert len({frozenset(first) for first in firsts}) == 6  # the blocks too, not only the samples
 
 
 def test_samples_are_shuffled_within_windows_and_no_further():
     """One lane, windows of three blocks: samples 0-29 come from three blocks, mixed."""
-    order = Order(np.full(9, 10, np.int64), lanes=1, batch=5, window_samples=30, seed=3)
+    order = Order(corpus([90], 10), lanes=1, batch=5, window_samples=30, seed=3)
     came = pass_ids(order, 0)
     for low in range(0, 90, 30):
         blocks = [block for block, _ in came[low : low + 30]]
@@ -180,14 +223,76 @@ def test_samples_are_shuffled_within_windows_and_no_further():
         assert len(set(blocks[:10])) > 1
 
 
-def test_a_billion_samples_need_no_list_of_samples():
-    """A step is planned in memory of the blocks' size (244,141 of them): a few dozen MB at most."""
-    blocks = cut_blocks(np.full(100_000, 10_000, np.int64), 4096)
-    order = Order(blocks[:, 2], lanes=64, batch=4096, window_samples=4 * 4096, seed=1)
-    tracemalloc.start()
-    share = order.share(1, order.steps // 2)
-    coming = order.coming(1, order.steps // 2) or order.coming(1, 0)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert order.samples == 10**9 and share.valid.all() and coming
-    assert peak < 100 * 2**20 < order.samples
+def test_a_block_has_other_neighbours_in_every_pass():
+    """Two of 1,000 blocks that share a window of two do so again as rarely as chance has it."""
+    order = Order(corpus([10] * 1000, 10), lanes=1, batch=20, window_samples=20, seed=3)
+    pairs = [
+        {frozenset(order.share(pass_, step).blocks.tolist()) for step in range(order.steps)}
+        for pass_ in range(4)
+    ]
+    assert all(len(one) == 500 for one in pairs)
+    assert max(len(a & b) for i, a in enumerate(pairs) for b in pairs[:i]) <= 5  # 0.5 expected
+
+
+@pytest.mark.parametrize("shards", [[23, 4, 0, 17, 9], [3] * 18, [6, 50]])
+def test_every_sample_comes_anywhere_in_a_pass(shards: list[int]):
+    """A sample's mean place over many passes is the middle: of whole, short and last blocks."""
+    order = Order(corpus(shards, 5), lanes=1, batch=sum(shards), window_samples=5, seed=9)
+    passes, n = 400, order.samples
+    places = np.zeros((passes, n))
+    row = {one: i for i, one in enumerate(every_id(order))}
+    for pass_ in range(passes):
+        places[pass_, [row[one] for one in pass_ids(order, pass_)]] = np.arange(n)
+    deviation = np.sqrt((n**2 - 1) / 12)
+    assert np.abs(places.mean(axis=0) - (n - 1) / 2).max() < 4.5 * deviation / np.sqrt(passes)
+    assert places.std(axis=0).min() > 0.85 * deviation
+
+
+def test_an_order_never_changes():
+    """Resuming a run on a newer version relies on these numbers."""
+    order = Order(corpus([7, 0, 3, 9], 4), lanes=2, batch=6, window_samples=8, seed=11)
+    shares = [order.share(5, step) for step in range(order.steps)]
+    assert [share.blocks[share.valid].tolist() for share in shares] == [
+        [5, 3, 4, 0, 3, 2], [2, 4, 4, 1, 0, 1], [4, 2, 3, 0, 1, 0], [3]
+    ]  # fmt: skip
+    assert [share.offsets[share.valid].tolist() for share in shares] == [
+        [0, 0, 1, 0, 3, 0], [1, 0, 2, 0, 1, 2], [3, 2, 2, 2, 1, 3], [1]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("block_samples", [64, 5])
+def test_a_pass_over_short_blocks_reads_few_of_them_twice(block_samples: int):
+    """Blocks held within kept(), those announced longest ago dropped first, as the loader does."""
+    shards = np.random.default_rng(0).integers(1, 64, 800)
+    order = Order(Blocks(shards, block_samples), 4, 32, 4 * block_samples, seed=1)
+    held: dict[int, int] = {}
+    reads = 0
+    for work in training_works(order, 1, 1, 0, 1, 0):
+        needed = np.unique(work.share.blocks[work.share.valid]).tolist()
+        for block, announced in [*((b, False) for b in needed), *((b, True) for _, b in work.soon)]:
+            reads += block not in held
+            if announced or block not in held:
+                held.pop(block, None)
+                held[block] = order.blocks.at(block).length
+            while sum(held.values()) > kept(order, 1):
+                del held[next(iter(held))]
+    assert reads < 1.6 * len(order.blocks)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_billion_samples_are_planned_in_memory_of_the_shards(ragged: bool):
+    """Ten times the samples in as many shards take no more."""
+    peaks = []
+    for samples in (1_000, 10_000):
+        shards = np.full(100_000, samples, np.int64)
+        if ragged:
+            shards = np.random.default_rng(0).integers(0, 2 * samples, 100_000)
+        tracemalloc.start()
+        order = Order(Blocks(shards, 512), lanes=64, batch=4096, window_samples=2048, seed=1)
+        share = order.share(1, order.steps // 2)
+        coming = order.coming(1, order.steps // 2, afresh=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert order.samples == shards.sum() and share.valid.all() and coming
+        assert {(1, block) for block in share.blocks.tolist()} <= set(coming)
+    assert max(peaks) < 20 * 2**20 and peaks[1] < 1.2 * peaks[0]

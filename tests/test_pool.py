@@ -1,11 +1,13 @@
 """The stream of labels, over real Ray actors."""
 
 import asyncio
+import dataclasses
 import sys
 import time
 from collections import Counter
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -13,7 +15,8 @@ from tiny import clip_folder
 
 from engine.clip.class_vectors import encode_classes
 from engine.clip.towers import load_clip
-from engine.config import CorpusConfig, RunConfig, TeacherConfig
+from engine.cluster import resolve
+from engine.config import CorpusConfig, RunConfig, TeacherConfig, UserError
 from engine.data.corpus import Corpus, open_corpora
 from engine.data.decode import Decoder
 from engine.data.loader import Loader, Work
@@ -24,16 +27,9 @@ from engine.labels.targets import BlockView, SoftTargets, unpack
 from engine.labels.teacher import Labeller, Teacher, fingerprint
 from engine.train.evaluate import evaluate
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 BLOCK = 4
 W_ND = torch.eye(6, 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +58,12 @@ def labeller(config, classes):
     """What the actors do, in this process."""
     clip = load_clip(config.teacher.model, "", "teacher.")
     policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
+    corpora = open_corpora(config.corpus)
     return Labeller(
         Teacher(clip, classes, "fp32", torch.device("cpu"), config.teacher.batch),
-        open_corpora(config.corpus),
+        corpora,
         Decoder(policy, "cpu", 1),
-        fingerprint(classes, policy, "fp32"),
+        fingerprint(classes, policy, "fp32", corpora),
     )
 
 
@@ -134,6 +131,23 @@ def test_labels_are_those_of_the_teacher_in_this_process(
     source.close()
 
 
+def test_a_teacher_may_decode_in_a_child_process(config, classes, labeller):
+    """Which gives the same, and ends with it however it ends; on a GPU there is none."""
+    data = dataclasses.replace(config.corpus, isolate=True)
+    told = dataclasses.replace(config.teacher, actors=1)
+    (teacher,) = start_pool(dataclasses.replace(config, corpus=data, teacher=told), classes)
+    for wanted in (BlockView("shards", 1, 2), BlockView("evaluation", 0, TEST_VIEW)):
+        answer, expected = ray.get(teacher.label.remote(wanted)), labeller.label(wanted)
+        assert (answer.values == expected.values).all() and answer.valid.all()
+        assert answer.fingerprint == expected.fingerprint
+    here = psutil.Process().children(recursive=True)
+    (child,) = [one for one in here if any("engine.data.isolate" in word for word in one.cmdline())]
+    ray.kill(teacher)
+    child.wait(30)
+    with pytest.raises(UserError, match=r"^corpus\.isolate: .* device is cuda"):
+        resolve(dataclasses.replace(config, corpus=data, device="cuda"))
+
+
 def test_a_share_of_padding_alone_asks_nobody(classes, labeller, corpus, teachers):
     source = stream(teachers, classes, labeller)
     answer, valid = source.logits(batch_of(corpus, 0, padding=3))
@@ -149,7 +163,7 @@ def test_a_killed_teacher_is_asked_again(teachers, classes, labeller, corpus):
     ray.kill(teachers[0], no_restart=False)
     for view in (0, 1):
         for block in blocks:
-            rows = [(block, offset) for offset in range(int(corpus.counts[block]))]
+            rows = [(block, offset) for offset in range(corpus.blocks.at(block).length)]
             batch = batch_of(corpus, view, *rows)
             assert_labelled(*source.logits(batch), batch, labeller, classes)
     assert ray.get(teachers[0].label.remote(BlockView("shards", 0, 5))).valid.all()  # it is back
@@ -162,8 +176,8 @@ def test_a_killed_teacher_is_asked_again(teachers, classes, labeller, corpus):
 class Small:
     """Answers as it is told to, and tells what it was asked."""
 
-    async def behave(self, value=0.5, who="f", valid=True, delay_s=0.01) -> None:
-        self.answer = value, who, valid, delay_s
+    async def behave(self, value=0.5, who="f", valid=True, delay_s=0.01, errors=0) -> None:
+        self.answer, self.errors = (value, who, valid, delay_s), errors
         self.running = self.most = 0
         self.asked: list[BlockView] = []
 
@@ -174,6 +188,9 @@ class Small:
         self.most = max(self.most, self.running)
         await asyncio.sleep(delay_s)
         self.running -= 1
+        if self.errors:
+            self.errors -= 1
+            raise OSError("no way to a.tar")
         values = np.full((BLOCK, 3), value + wanted.block, np.float16)
         return SoftTargets("features", values, np.full(BLOCK, valid), who)
 
@@ -253,7 +270,7 @@ def test_an_evaluation_asks_for_every_label_once(actors, corpus):
 
 def test_label_of_another_teacher_stops_the_run(actors, corpus):
     source = small_stream(actors({"who": "other"}))
-    with pytest.raises(RuntimeError, match=r"was made by other, this run wants f"):
+    with pytest.raises(RuntimeError, match=r"was made by other, this run wants f: .* indexed anew"):
         source.logits(batch_of(corpus, 0, (1, 0)))
     source.close()
 
@@ -270,6 +287,31 @@ def test_sample_that_the_teacher_could_not_decode_is_not_valid(actors, corpus):
     source = small_stream(actors({"valid": False}))
     _, valid = source.logits(batch_of(corpus, 0, (1, 0), (2, 0)))
     assert valid.tolist() == [False, False]
+    source.close()
+
+
+def test_a_teacher_s_error_may_pass(actors, corpus, capsys):
+    (teacher,) = actors({"errors": 2})
+    source = small_stream([teacher])
+    _, valid = source.logits(batch_of(corpus, 0, (1, 0)))
+    assert valid.all() and capsys.readouterr().err.count("no way to a.tar; asking again") == 1
+    source.close()
+
+
+def test_a_label_that_teachers_fail_to_make_stops_the_run_where_it_is_needed(actors, corpus):
+    (teacher,) = actors({"errors": 3})
+    source = small_stream([teacher])
+    batch = batch_of(corpus, 0, (1, 0))
+    source.request([BlockView("shards", 1, 0)])
+    unread = dataclasses.replace(batch, valid_B=np.array([False]))  # nor could the student read it
+    _, valid = source.logits(unread)
+    assert not valid.any()
+    with pytest.raises(RuntimeError, match=r"block=1.*failed 3 times: no way to a\.tar"):
+        source.logits(batch)
+    _, asked = ray.get(teacher.tell.remote())
+    assert asked == [BlockView("shards", 1, 0)] * 3
+    source.request([BlockView("shards", 1, 0)])  # in a later pass
+    assert source.logits(batch)[1].all()
     source.close()
 
 

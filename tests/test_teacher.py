@@ -43,8 +43,8 @@ def teacher(request, clip):
 
 
 def pixels(corpus, block, view):
-    images, _ = Decoder(POLICY, "cpu", 1).decode(corpus.read(block), view)
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    images_BCHW, _ = Decoder(POLICY, "cpu", 1).decode(corpus.read(block), view)
+    return images_BCHW
 
 
 def test_features_are_of_unit_length_and_know_no_batch(clip, teacher, corpus):
@@ -80,6 +80,22 @@ def test_a_label_is_a_pure_function(teacher, corpus):
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_a_block_that_cannot_be_read_has_no_label(teacher, corpus_folder, index, tmp_path):
+    """Until it can: an error, not a label that says that its images are not valid."""
+    folder = tmp_path / "shards"
+    shutil.copytree(corpus_folder, folder)
+    spoil(min(folder.glob("*.tar")), 2)
+    corpus = Corpus.open(str(index(folder)), 8)
+    labeller = Labeller(teacher, {"shards": corpus}, Decoder(POLICY, "cpu", 1), "me")
+    first = min(folder.glob("*.tar"))
+    away = first.rename(first.with_suffix(".away"))
+    with pytest.raises(OSError, match=rf"the teacher cannot read block 0, of .*{first.name}"):
+        labeller.label(BlockView("shards", 0, 1))
+    assert labeller.label(BlockView("shards", len(corpus.blocks) - 1, 1)).valid.all()
+    away.rename(first)
+    assert labeller.label(BlockView("shards", 0, 1)).valid.any()
+
+
 def test_inline_source_is_the_teacher_on_the_batch(teacher, corpus):
     share = Share(np.array([0, 1, 0]), np.array([0, 1, 5]), np.array([True, True, False]))
     loader = Loader(corpus, Decoder(POLICY, "cpu", 1), [Work("shards", 0, 4, share)], 99, 1)
@@ -100,16 +116,20 @@ def test_class_vectors_of_another_teacher_are_refused(clip, tmp_path):
         Teacher(clip, classes, "fp32", CPU, batch=3)
 
 
-def test_fingerprint_tells_labellings_apart(clip):
+def test_fingerprint_tells_labellings_apart(clip, corpus, corpus_folder):
     classes = encode_classes(clip, FEW, ("a {}.",))
-    alike = fingerprint(classes, ViewPolicy(3, 16), "fp32")
-    assert alike == fingerprint(encode_classes(clip, FEW, ("a {}.",)), POLICY, "fp32")
+    one = {"shards": corpus}
+    alike = fingerprint(classes, ViewPolicy(3, 16), "fp32", one)
+    assert alike == fingerprint(encode_classes(clip, FEW, ("a {}.",)), POLICY, "fp32", one)
     others = {
-        fingerprint(encode_classes(clip, FEW, ("the {}.",)), POLICY, "fp32"),
-        fingerprint(dataclasses.replace(classes, teacher="another"), POLICY, "fp32"),
-        fingerprint(classes, ViewPolicy(4, 16), "fp32"),
-        fingerprint(classes, ViewPolicy(3, 17), "fp32"),
-        fingerprint(classes, ViewPolicy(3, 16, crop_scale=0.5), "fp32"),
-        fingerprint(classes, POLICY, "bf16"),
+        fingerprint(encode_classes(clip, FEW, ("the {}.",)), POLICY, "fp32", one),
+        fingerprint(dataclasses.replace(classes, teacher="another"), POLICY, "fp32", one),
+        fingerprint(classes, ViewPolicy(4, 16), "fp32", one),
+        fingerprint(classes, ViewPolicy(3, 17), "fp32", one),
+        fingerprint(classes, ViewPolicy(3, 16, crop_scale=0.5), "fp32", one),
+        fingerprint(classes, POLICY, "bf16", one),
+        fingerprint(classes, POLICY, "fp32", {"shards": Corpus.open(str(corpus_folder), 8)}),
+        fingerprint(classes, POLICY, "fp32", {"shards": Corpus.open(str(corpus_folder), 4)}),
+        fingerprint(classes, POLICY, "fp32", one | {"evaluation": corpus}),
     }
-    assert len(others | {alike}) == 7
+    assert len(others | {alike}) == 10

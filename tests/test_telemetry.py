@@ -5,7 +5,7 @@ import pynvml
 import pytest
 import torch
 
-from engine.telemetry import GpuSampler, Recorder
+from engine.telemetry import GpuSampler, Recorder, Stopwatch
 
 
 def test_records_are_lines_and_on_disk_at_once(tmp_path):
@@ -52,3 +52,14 @@ def test_sampler_gives_means_of_a_gpu():
     sampler.close()
     assert 0 <= means["gpu_utilisation"] <= 1
     assert means["gpu_memory_bytes"] > 0 and means["gpu_power_w"] > 0
+
+
+def test_a_stopwatch_tells_of_its_laps():
+    watch = Stopwatch()
+    for wait_s in (0.0, 0.0, 0.05):
+        with watch.lap(10):
+            time.sleep(wait_s)
+    told = watch.statement()
+    assert told["laps"] == 3 and told["bytes"] == 30 and told["s"] == watch.total_s >= 0.05
+    assert told["p50_s"] < 0.05 <= told["p99_s"]
+    assert Stopwatch().statement() == {"laps": 0, "s": 0.0, "p50_s": 0.0, "p99_s": 0.0, "bytes": 0}

@@ -6,9 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.data.crop import shrinkage
 from engine.data.views import (
     TEST_VIEW,
     ViewPolicy,
+    on_grid,
     philox,
     train_windows,
 )
@@ -34,6 +36,14 @@ def test_philox_gives_the_published_numbers(counter: str, key: str, expected: st
     low, high = words(key)
     out = philox(np.array([words(counter)], np.uint64), high << 32 | low)
     assert out.tolist() == [words(expected)]
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 2**32 - 1)] * 4), min_size=1, max_size=9))
+def test_a_word_depends_on_its_own_counter(counters: list[tuple[int, int, int, int]]):
+    """And neither on the others nor on their order."""
+    together = philox(np.array(counters, np.uint64), 2**63 + 9)
+    alone = [philox(np.array([one], np.uint64), 2**63 + 9)[0].tolist() for one in counters]
+    assert together.tolist() == alone
 
 
 def windows(n: int, width: int, height: int, seed: int = 7, view: int = 0, scale: float = 0.08):
@@ -109,6 +119,11 @@ def test_the_coin_is_fair_and_independent_of_the_window():
     assert abs(np.corrcoef(out.flip_B, left)[0, 1]) < 4 / np.sqrt(20_000)
 
 
+def test_the_coins_of_a_sample_are_fair_over_its_views():
+    flips = np.stack([windows(50, 500, 375, view=view).flip_B for view in range(400)])
+    assert np.abs(flips.mean(axis=0) - 0.5).max() < 4 * 0.5 / np.sqrt(400)
+
+
 def test_draws_of_views_seeds_and_samples_are_unrelated():
     base = windows(5_000, 500, 375).xywh_B4
     shard_1 = train_windows(
@@ -172,3 +187,42 @@ def test_the_test_view_is_clips_centre_crop(size, expected):
     assert out.xywh_B4[0] == pytest.approx(expected, abs=1e-9)
     assert not out.flip_B.any()
     assert np.array_equal(out.xywh_B4, clip_windows(np.array([size]), 224).xywh_B4)
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.integers(0, 5000)] * 2, *[st.integers(1, 5000)] * 2), min_size=1, max_size=9
+    )
+)
+def test_large_windows_lie_on_a_grid_and_small_ones_as_they_are_drawn(drawn):
+    windows = np.array(drawn, np.float64)
+    laid = on_grid(windows)
+    for (x, y, w, h), new in zip(windows.tolist(), laid.tolist(), strict=True):
+        step = 8 if min(w, h) >= 448 else 1
+        assert all(side % step == 0 for side in new)
+        assert x - step < new[0] <= x and y - step < new[1] <= y
+        assert w - step < new[2] <= w and h - step < new[3] <= h
+        assert step == 1 or min(new[2:]) >= 448
+
+
+@pytest.mark.parametrize("pixels", [224, 240, 336, 448])
+def test_what_a_decoder_shrinks_has_whole_edges(pixels: int):
+    policy, n = ViewPolicy(1, pixels), 2000
+    size_B2 = np.random.default_rng(0).integers(300, 6000, (n, 2))
+    drawn = policy.windows(0, np.zeros(n, int), np.arange(n), size_B2).xywh_B4.astype(int)
+    factors = {1}
+    for x, y, w, h in drawn.tolist():
+        factor = shrinkage((x, y, x + w, y + h), pixels)
+        factors.add(factor)
+        assert not any(side % factor for side in (x, y, w, h))
+    assert factors == {1, 2, 4, 8}
+
+
+def test_a_view_is_the_same_window_whatever_its_size():
+    size_B2 = np.tile([4000, 3000], (1000, 1))
+    small, large = (
+        ViewPolicy(1, pixels).windows(0, np.zeros(1000, int), np.arange(1000), size_B2)
+        for pixels in (224, 336)
+    )
+    assert np.array_equal(small.xywh_B4, large.xywh_B4)
+    assert np.array_equal(small.flip_B, large.flip_B)

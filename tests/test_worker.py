@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from engine.config import (
     TeacherConfig,
     TrainConfig,
 )
+from engine.train import checkpoint
 from engine.train.worker import Task, work
 
 NAMES = ("daisy", "oak tree", "tulip")
@@ -54,8 +56,10 @@ def config_of(model: str, corpus: str, runs: str) -> RunConfig:
     )
 
 
-def run(rank: int, world: int, model: str, corpus: str, runs: str) -> dict:
+def run(rank: int, world: int, model: str, corpus: str, runs: str, isolate: bool = False) -> dict:
     config = config_of(model, corpus, runs)
+    data = dataclasses.replace(config.corpus, isolate=isolate)
+    config = dataclasses.replace(config, corpus=data)
     classes = encode_classes(load_clip(model, "", "teacher."), NAMES, ("{}",))
     return work(Task(config, classes, classes, ()), torch.device("cpu"))
 
@@ -105,13 +109,15 @@ def test_all_workers_tell_the_same_and_the_ledger_adds_up(finished):
 
 
 def test_a_run_cut_off_ends_as_one_that_was_not(finished, tmp_path):
+    """Though it decodes in another process from there on."""
     (model, corpus, runs), _ = finished
     whole = Path(runs) / "run"
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000009")
     (tmp_path / "run" / "bundle.safetensors").unlink()
-    told = run_distributed(run, 2, model, corpus, str(tmp_path))
+    told = run_distributed(run, 2, model, corpus, str(tmp_path), True)
     assert told[0]["ledger"] == {"seen": 72, "trained": 72, "skipped": {}, "pending": 0}
+    assert told[0]["scores"] == finished[1][0]["scores"]
     ends = [Bundle.load(folder / "bundle.safetensors") for folder in (whole, tmp_path / "run")]
     for name, tensor in ends[0].learned.items():
         assert torch.equal(tensor, ends[1].learned[name]), name
@@ -169,3 +175,19 @@ def test_the_best_pass_is_kept_if_the_paper_is_to_be_followed(corpus_folder, tmp
     first = next(r["pass_"] for r in passes if r["student"]["base"] == best)
     assert (selection["pass"], selection["accuracy"]) == (first, best)
     assert score["base"] == pytest.approx(best)
+
+
+def test_a_corpus_that_has_changed_stops_the_run_with_a_checkpoint(corpus_folder, tmp_path):
+    """Ten of 24 images are not those of the index: skipped and counted, until they are too many."""
+    model, corpus = clip_folder(tmp_path / "clip"), tmp_path / "corpus"
+    shutil.copytree(corpus_folder, corpus)
+    shard = corpus / "000001.tar"
+    shard.write_bytes(bytes(255 - byte for byte in shard.read_bytes()))
+    (tmp_path / "run").mkdir()
+    passes = {"passes": 20}
+    told = run_distributed(run_with, 2, model, str(corpus), str(tmp_path), passes)
+    assert told[0] == told[1] and told[0].keys() == {"spoilt"}
+    failed, visited = map(int, re.match(r"(\d+) of (\d+) images", told[0]["spoilt"]).groups())
+    assert failed > 2.4 and visited <= 24  # a tenth of a pass, and before its end
+    stopped = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert stopped.ledger.skipped == {"changed": failed} and stopped.ledger.visited == visited

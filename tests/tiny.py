@@ -10,8 +10,9 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from engine.data.corpus import is_image
-from engine.data.shards import index_shard
+from engine.data.index import index_shard
+from engine.data.places import Shard
+from engine.data.storage import Access, Storage
 
 torch.set_num_threads(1)  # threads of models this small do little but wait for each other
 
@@ -65,9 +66,8 @@ def clip_folder(
 
 def spoil(shard: Path, samples: int) -> None:
     """Overwrites the magic bytes of the first images in a shard, which is then to be indexed."""
-    rows = index_shard(shard).rows[:samples]
-    images = [member for row in rows for member in row if is_image(member.suffix)]
+    found = index_shard(Shard(str(shard), "tar"), Storage(Access())).ours
     with open(shard, "r+b") as file:
-        for image in images:
-            file.seek(image.offset)
+        for entry in found.entries(0, samples):
+            file.seek(entry.offset)
             file.write(bytes(16))

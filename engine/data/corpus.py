@@ -1,51 +1,35 @@
-"""Reading a corpus: indexed WebDataset shards, cut into blocks.
+"""Reading a corpus: indexed shards, cut into blocks.
 
-A corpus is a folder of plain `.tar` shards, each with its `.idx` beside it, and one manifest. A
-sample's id is (shard number, position in the shard). Nothing is ever extracted, and a key is only a
-name: the bytes of a block come with one ranged read, by the offsets of the index.
+A corpus is shards wherever they lie, an index of each, and one manifest. A sample's id is (shard
+number, position in the shard). Nothing is ever extracted, and a key is only a name: the bytes of a
+block come with one ranged read, by the offsets of the index, and are checked against its digests;
+of a parquet file, with its row group.
 """
 
-import glob
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from engine.config import CorpusConfig, UserError
-from engine.data.order import Block, cut_blocks
+from engine.data.header import Header
+from engine.data.index import digest
+from engine.data.manifest import Entry, ShardIndex
+from engine.data.opening import open_manifest
+from engine.data.order import Blocks
+from engine.data.parquet import Images
+from engine.data.storage import Access, Changed, Stat, Storage
+from engine.progress import say
 
-__all__ = ["INDEX_VERSION", "MANIFEST", "Corpus", "Member", "Sample", "is_image", "open_corpora"]
+__all__ = ["Corpus", "Sample", "open_corpora"]
 
-MANIFEST = "corpus.parquet"
-INDEX_VERSION = "v1.2"
-MANIFEST_COLUMNS = (
-    "shard",
-    "samples",
-    "bytes",
-    "sha256",
-    "complete",
-    "largest_label",
-    "excluded_positions",
-    "excluded_reasons",
-)
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-
-
-class Member(NamedTuple):
-    """One file of a sample, as the index has it."""
-
-    suffix: str
-    offset: int
-    bytes: int
-    name: str
+_ANNOUNCED = 5  # shards of a corpus whose faults are announced one by one
+_GAP_BYTES = 1 << 20  # between two images, from which a second read costs less
 
 
 class Sample(NamedTuple):
@@ -57,66 +41,43 @@ class Sample(NamedTuple):
     reason: str | None
     label: int | None
     key: str = ""  # what the names of its members begin with
+    header: Header | None = None  # of `data`
 
 
-def is_image(suffix: str) -> bool:
-    return suffix.rsplit(".", 1)[-1].lower() in _IMAGE_SUFFIXES
-
-
-@dataclass(frozen=True)
 class Corpus:
-    """Indexed shards, cut into blocks."""
+    """Indexed shards, cut into blocks. Safe for several threads."""
 
-    shards: tuple[str, ...]
-    blocks: np.ndarray  # int64 [n, 3]: rows of Block
-    excluded: tuple[dict[int, str], ...]  # of each shard: position -> reason
-    largest_label: int  # -1: no sample has one
-    incomplete: tuple[str, ...]  # shards without an end mark, which may have lost their tails
-    fingerprint: str
+    def __init__(self, manifest: pa.Table, block_samples: int, storage: Storage) -> None:
+        def column(name: str) -> list:
+            return manifest[name].to_pylist()
+
+        self.shards: tuple[str, ...] = tuple(column("shard"))
+        self.blocks = Blocks(manifest["samples"].to_numpy(), block_samples)
+        self.largest_label = max(column("largest_label"))  # -1: no sample has one
+        self.excluded = self.samples - sum(column("usable"))
+        identity = "\n".join(column("content"))
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self._manifest, self._storage = manifest, storage
+        self._images_of_parquet = Images(storage)
+        self._told: set[int] = set()  # shards of which something was announced, or would have been
+        self._lock = threading.Lock()
+        self._index = lru_cache(maxsize=64)(self._read_index)
 
     @classmethod
-    def open(cls, where: str, block_samples: int, field: str = "corpus.shards") -> "Corpus":
-        """Opens the shards of a folder, or those that a glob matches, in the order of their names.
+    def open(
+        cls,
+        where: str,
+        block_samples: int,
+        field: str = "corpus.shards",
+        access: Access | None = None,
+    ) -> "Corpus":
+        """Opens the indexed shards that `where` names: folders, globs, URLs, braces, `::` between.
 
         Raises UserError, naming `field`, where there are none, where they are not indexed, or where
-        the manifest does not fit what is on disk.
+        a manifest does not fit the local shards on disk.
         """
-        paths = _expand(where, field)
-        manifest = _read_manifest(Path(paths[0]).parent / MANIFEST, field)
-        rows = []
-        for path in paths:
-            row = manifest.get(Path(path).name)
-            if row is None:
-                raise UserError(f"{field}: {path} is not in {MANIFEST}; run `promptkd index`")
-            if os.path.getsize(path) != row["bytes"]:
-                raise UserError(
-                    f"{field}: {path} has {os.path.getsize(path)} bytes, its manifest says "
-                    f"{row['bytes']}; run `promptkd index` again"
-                )
-            if not Path(path).with_suffix(".idx").exists():
-                raise UserError(f"{field}: {path} has no .idx beside it; run `promptkd index`")
-            rows.append(row)
-        lost = set(manifest) - {Path(p).name for p in paths}
-        if lost and Path(where).is_dir():
-            raise UserError(
-                f"{field}: shard {Path(where) / min(lost)} is in {MANIFEST} but missing"
-            )
-        samples = np.array([row["samples"] for row in rows], np.int64)
-        excluded = tuple(
-            dict(zip(row["excluded_positions"], row["excluded_reasons"], strict=True))
-            for row in rows
-        )
-        if samples.sum() == sum(map(len, excluded)):
-            raise UserError(f"{field}: {where} holds no usable image")
-        identity = "\n".join(f"{row['shard']} {row['sha256']}" for row in rows)
-        return cls(
-            tuple(paths),
-            cut_blocks(samples, block_samples),
-            excluded,
-            max(row["largest_label"] for row in rows),
-            tuple(row["shard"] for row in rows if not row["complete"]),
-            hashlib.sha256(identity.encode()).hexdigest(),
-        )
+        storage = Storage(access or Access())
+        return cls(open_manifest(where, storage, field), block_samples, storage)
 
     def require_labels_below(self, classes: int, names: str, where: str, field: str) -> None:
         """Raises UserError where a label is beyond the `classes` names of the file `names`; the
@@ -129,126 +90,191 @@ class Corpus:
 
     @property
     def samples(self) -> int:
-        return int(self.blocks[:, 2].sum())
+        return self.blocks.samples
 
     @property
-    def counts(self) -> np.ndarray:
-        """Samples of every block, int64 [n]."""
-        return self.blocks[:, 2]
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(self._manifest["bytes"].to_pylist())
+
+    @property
+    def incomplete(self) -> tuple[str, ...]:
+        """Shards that may have lost their tails, each with the samples it has and should have."""
+        rows = zip(self.shards, self._manifest["short"].to_pylist(), strict=True)
+        return tuple(f"{shard} is short {short}" for shard, short in rows if short)
 
     def read(self, block: int) -> list[Sample]:
-        """The samples of a block, in the order of their positions, with one ranged read."""
-        shard, start, length = Block(*map(int, self.blocks[block]))
-        return self._read(shard, start, self._rows(shard)[start : start + length])
+        """The samples of a block, in the order of their positions, with one ranged read.
+
+        What cannot be read, or is not what was indexed, has the reason `unreadable` or `changed`.
+        """
+        shard, start, length = self.blocks.at(block)
+        return self._samples(shard, range(start, start + length))
+
+    def block_bytes(self, block: int) -> int:
+        """Of a block's images, with what lies between them: its share of the shard."""
+        shard, _, length = self.blocks.at(block)
+        samples, size = (
+            self._manifest["samples"][shard].as_py(),
+            self._manifest["bytes"][shard].as_py(),
+        )
+        return size * length // samples
 
     def pick(self, shard: int, positions: Iterable[int]) -> list[Sample]:
-        """Some samples of a shard, with one ranged read each."""
-        rows = self._rows(shard)
-        return [self._read(shard, position, [rows[position]])[0] for position in positions]
+        """Some samples of a shard, with one ranged read each; what cannot be read, see read()."""
+        if self._manifest["kind"][shard].as_py() == "parquet":  # with one of each row group
+            return self._samples(shard, list(positions))
+        return [self._samples(shard, [position])[0] for position in positions]
 
     def labels(self, shard: int) -> np.ndarray:
-        """The labels of a shard's samples, int64 [n]; -1 where a sample has none or is excluded.
-        Reads no image."""
-        rows = self._rows(shard)
-        labels = np.full(len(rows), -1, np.int64)
-        with fsspec.open(self.shards[shard], "rb") as file:
-            for position, row in enumerate(rows):
-                for suffix, offset, size, _ in row:
-                    if suffix == "cls" and position not in self.excluded[shard]:
-                        file.seek(offset)
-                        labels[position] = _label(file.read(size), self.shards[shard])
-        return labels
+        """The labels of a shard's samples, int64 [n]; -1 where a sample has none or is excluded."""
+        if not self.blocks.shard_samples[shard]:  # it was left out
+            return np.zeros(0, np.int64)
+        index = self._index(shard)
+        usable = index.table["reason"].is_null().to_numpy(zero_copy_only=False)
+        return np.where(usable, index.column("label"), -1)
 
-    def _rows(self, shard: int) -> list[list[Member]]:
-        index = Path(self.shards[shard]).with_suffix(".idx")
-        rows = _read_index(index, index.stat().st_mtime_ns)
-        if len(rows) != self.blocks[self.blocks[:, 0] == shard, 2].sum():
-            raise UserError(f"{index}: does not fit its shard; run `promptkd index` again")
-        return rows
+    def close(self) -> None:
+        """Ends reads from afar, and their retries, at once; none can be begun any more."""
+        self._told.update(range(len(self.shards)))  # reads that end now are no fault to announce
+        self._storage.close()
 
-    def _read(self, shard: int, start: int, rows: list[list[Member]]) -> list[Sample]:
-        low = min(offset for row in rows for _, offset, _, _ in row)
-        high = max(offset + size for row in rows for _, offset, size, _ in row)
-        fs, path = fsspec.core.url_to_fs(self.shards[shard])
-        data = memoryview(fs.cat_file(path, start=low, end=high))
-        return [self._sample(shard, start + i, row, data, low) for i, row in enumerate(rows)]
+    def _row(self, shard: int) -> dict:
+        return {name: self._manifest[name][shard].as_py() for name in self._manifest.schema.names}
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        row = self._row(shard)
+        where = row["index"]
+        if "://" in where:
+            stat = self._storage.stat(where)
+            index = ShardIndex.read(self._storage.read(where, 0, stat.bytes, stat), where)
+        else:
+            index = ShardIndex.load(Path(where))
+        if index.row("", "")["content"] != row["content"]:
+            raise UserError(f"{where}: does not fit its manifest; run `promptkd index` again")
+        return index
+
+    def _samples(self, shard: int, positions: Sequence[int]) -> list[Sample]:
+        try:
+            entries = _entries(self._index(shard), positions)
+        except OSError as error:  # of an index that lies afar
+            self._announce(shard, f"has no readable index, and is skipped: {error}")
+            return [Sample(shard, position, None, "unreadable", None) for position in positions]
+        images: Sequence[memoryview | None]
+        try:
+            images, failed = self._images(shard, positions, entries), "unreadable"
+        except OSError as error:
+            failed = "changed" if isinstance(error, Changed) else "unreadable"
+            self._announce(shard, f"{failed}, and skipped: {error}")
+            images = [None] * len(entries)
+        return [
+            self._sample(shard, position, entry, image, failed)
+            for position, entry, image in zip(positions, entries, images, strict=True)
+        ]
 
     def _sample(
-        self,
-        shard: int,
-        position: int,
-        row: list[Member],
-        data: memoryview,
-        low: int,
+        self, shard: int, position: int, entry: Entry, image: memoryview | None, failed: str
     ) -> Sample:
-        image, label = None, None
-        reason = self.excluded[shard].get(position)
-        for suffix, offset, size, _ in row:
-            member = data[offset - low : offset - low + size]
-            if suffix == "cls" and reason != "truncated":
-                label = _label(bytes(member), self.shards[shard])
-            elif image is None and is_image(suffix):
-                image = member
-        suffix, _, _, name = row[0]
-        key = name.removesuffix(f".{suffix}")
-        return Sample(shard, position, image if reason is None else None, reason, label, key)
+        reason = entry.reason
+        if reason is None and image is None:
+            reason = failed
+        elif reason is None and image is not None and digest(image) != entry.digest:
+            reason = "changed"
+            self._announce(shard, "has changed since it was indexed; what differs is skipped")
+        label = entry.label if entry.label >= 0 else None
+        if reason is not None:
+            return Sample(shard, position, None, reason, label, entry.key)
+        return Sample(shard, position, image, None, label, entry.key, entry.header)
+
+    def _images(
+        self, shard: int, positions: Sequence[int], entries: Sequence[Entry]
+    ) -> Sequence[memoryview | None]:
+        """The stored images of some samples; raises OSError."""
+        row = self._row(shard)
+        url = row["shard"]
+        # A copy on another disk has another time of change: the digests tell.
+        expected = Stat(row["bytes"], row["tag"] if "://" in url else "")
+        if row["kind"] == "tar":
+            return _of_tar(url, entries, expected, self._storage)
+        if row["kind"] == "parquet":
+            pairs = zip(positions, entries, strict=True)
+            rows = [position for position, entry in pairs if entry.reason is None]
+            read = self._images_of_parquet.read
+            found = read(url, expected, row["column"], row["samples"], rows)
+            return [found.get(position) for position in positions]
+        folder, _, _ = url.rpartition("#")
+        return [self._of_file(shard, f"{folder}/{entry.key}", entry) for entry in entries]
+
+    def _of_file(self, shard: int, path: str, entry: Entry) -> memoryview | None:
+        if entry.reason:
+            return None
+        try:
+            return memoryview(self._storage.read(path, 0, entry.bytes))
+        except OSError as error:
+            self._announce(shard, f"has files that cannot be read, which are skipped: {error}")
+            return None
+
+    def _announce(self, shard: int, what: str) -> None:
+        with self._lock:
+            if shard in self._told or len(self._told) > _ANNOUNCED:
+                return
+            self._told.add(shard)
+            last = len(self._told) > _ANNOUNCED
+        if last:
+            say("further shards cannot be read, or have changed; they are counted in the ledger")
+        else:
+            say(f"{self.shards[shard]}: {what}")
 
 
-def _label(data: bytes, shard: str) -> int:
-    if not data.strip().isdigit():  # the index pass has seen that it was a number
-        raise UserError(f"{shard} has changed since it was indexed; run `promptkd index` again")
-    return int(data)
+def _entries(index: ShardIndex, positions: Sequence[int]) -> list[Entry]:
+    if isinstance(positions, range):
+        return index.entries(positions.start, len(positions))
+    return [index.entries(position, 1)[0] for position in positions]
+
+
+def _of_tar(
+    url: str, entries: Sequence[Entry], expected: Stat, storage: Storage
+) -> list[memoryview | None]:
+    """With one ranged read, or several where much else lies between the images."""
+    images: list[memoryview | None] = [None] * len(entries)
+    usable = [number for number, entry in enumerate(entries) if entry.reason is None]
+    usable.sort(key=lambda number: entries[number].offset)
+    for run in _runs(entries, usable):
+        low = entries[run[0]].offset
+        high = max(entries[number].offset + entries[number].bytes for number in run)
+        data = memoryview(storage.read(url, low, high, expected))
+        for number in run:
+            start = entries[number].offset - low
+            images[number] = data[start : start + entries[number].bytes]
+    return images
+
+
+def _runs(entries: Sequence[Entry], ordered: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of entries, cut where more than _GAP_BYTES lie between one and the next."""
+    run: list[int] = []
+    end = 0
+    for number in ordered:
+        if run and entries[number].offset - end > _GAP_BYTES:
+            yield run
+            run = []
+        run.append(number)
+        end = entries[number].offset + entries[number].bytes
+    if run:
+        yield run
 
 
 def open_corpora(config: CorpusConfig) -> dict[str, Corpus]:
     """The corpora of a run: `shards` and, where it is named, `evaluation`. Raises UserError."""
-    corpora = {"shards": Corpus.open(config.shards, config.block_samples)}
+    access = Access(
+        config.hosts,
+        config.timeout_s,
+        config.retries,
+        config.cache,
+        int(config.cache_gb * 2**30),
+    )
+    corpora = {"shards": Corpus.open(config.shards, config.block_samples, access=access)}
     if config.evaluation:
         corpora["evaluation"] = Corpus.open(
-            config.evaluation, config.block_samples, "corpus.evaluation"
+            config.evaluation, config.block_samples, "corpus.evaluation", access
         )
     return corpora
-
-
-def _expand(where: str, field: str) -> list[str]:
-    if not where:
-        raise UserError(f"{field} is not set: give a folder or glob of .tar shards")
-    if ":" in where.split("/", 1)[0]:
-        raise UserError(f"{field}: {where}: only local folders and globs of shards are read")
-    paths = sorted(glob.glob(f"{glob.escape(where)}/*.tar" if Path(where).is_dir() else where))
-    if not paths:
-        raise UserError(f"{field}: no .tar shards at {where}")
-    if strange := [p for p in paths if not p.endswith(".tar")]:
-        raise UserError(f"{field}: {strange[0]} is not a plain .tar shard")
-    if len({Path(p).parent for p in paths}) > 1:
-        raise UserError(f"{field}: {where} matches shards in several folders; name one")
-    return paths
-
-
-def _read_manifest(path: Path, field: str) -> dict[str, dict]:
-    if not path.exists():
-        raise UserError(f"{field}: {path} is missing; run `promptkd index {path.parent}`")
-    try:
-        table = pq.read_table(path, columns=list(MANIFEST_COLUMNS))
-    except (pa.ArrowInvalid, ValueError) as error:  # another file, or of an older version
-        raise UserError(
-            f"{field}: {path} is not a corpus manifest ({error}); run `promptkd index` again"
-        ) from None
-    return {row["shard"]: row for row in table.to_pylist()}
-
-
-@lru_cache(maxsize=64)
-def _read_index(path: Path, changed_ns: int) -> list[list[Member]]:
-    return list(_parse_index(path))
-
-
-def _parse_index(path: Path) -> Iterator[list[Member]]:
-    lines = path.read_text("utf-8", "surrogateescape").splitlines()
-    if not lines or lines[0].split()[0] != INDEX_VERSION:
-        raise UserError(f"{path}: not a {INDEX_VERSION} index; run `promptkd index` again")
-    for line in lines[1:]:
-        words = line.split(" ")
-        members = zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True)
-        yield [
-            Member(suffix, int(offset), int(size), name) for suffix, offset, size, name in members
-        ]

@@ -12,12 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+from torch import Tensor
 
 from engine.config import UserError
-from engine.data.corpus import MANIFEST, Corpus, Sample
+from engine.data.corpus import Corpus, Sample
 from engine.data.decode import Decoder
-from engine.data.header import BadImage, check_format
+from engine.data.header import BadImage, check_format, read_header
+from engine.data.manifest import MANIFEST
 from engine.data.views import TEST_VIEW
 
 __all__ = ["Decoded", "decoded", "find", "samples"]
@@ -31,7 +32,7 @@ class Decoded(NamedTuple):
     """Named images in the test view. Those with a reason could not be decoded, and are black."""
 
     names: tuple[str, ...]
-    images_BHWC: np.ndarray  # uint8
+    images_BCHW: Tensor  # uint8
     reasons: list[str | None]
 
 
@@ -95,7 +96,8 @@ def _read(file: Path) -> Sample:
         with open(file, "rb") as opened:
             head = opened.read(_HEAD)
             check_format(head)
-            return Sample(0, 0, memoryview(head + opened.read()), None, None)
+            data = memoryview(head + opened.read())
+            return Sample(0, 0, data, None, None, header=read_header(data))
     except BadImage as bad:
         return Sample(0, 0, None, str(bad), None)
     except OSError:

@@ -1,41 +1,44 @@
 """From shard to pixels: a bounded, prefetching iterator of decoded batches.
 
-One thread walks ahead of its consumer: it has blocks read (by two reader threads, before they are
+One thread walks ahead of its consumer: it has blocks read (by reader threads, before they are
 needed) and their samples decoded, and holds at most `ahead` finished batches. Blocks are kept while
-a window may still need them.
+a window may still need them, and as long as they fit the bound in bytes.
 """
 
 import dataclasses
 import queue
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.data.corpus import Sample
-from engine.data.decode import Decoder
+from engine.data.isolate import AnyDecoder
 from engine.data.order import Share
+from engine.progress import say
+from engine.telemetry import Stopwatch
 
-__all__ = ["AHEAD", "Batch", "Blocks", "Loader", "Work"]
+__all__ = ["AHEAD", "FAILURES", "Batch", "Blocked", "Loader", "Work"]
 
 AHEAD = 2  # batches held ready, unless told otherwise
+# Reasons that the index did not know of; `teacher`: it has no label.
+FAILURES = frozenset({"unreadable", "changed", "undecodable", "crashed", "timed_out", "teacher"})
+_READERS = 4
+_LIVE = 2  # announcements whose windows a step may be in: the window that ends in it, and the next
 
 
-class Blocks(Protocol):
+class Blocked(Protocol):
     """Samples that come in blocks: a corpus, or something that reads like one."""
 
-    @property
-    def counts(self) -> np.ndarray:
-        """Samples of every block, int64 [n]."""
-
     def read(self, block: int) -> Sequence[Sample]: ...
+
+    def block_bytes(self, block: int) -> int:
+        """Of the encoded images of a block, roughly."""
 
 
 class Work(NamedTuple):
@@ -66,28 +69,31 @@ class Batch:
 class Loader:
     """Iterates over the batches of `works`, in their order, on a thread of its own.
 
-    `kept_samples` bounds the blocks held in memory, in samples. `waited_s` is the time its consumer
-    has spent waiting for it.
+    `most_bytes` bounds the encoded images held in memory, but for those of the batch in the making:
+    a block that finds no room is read when it is needed, and one that is dropped to make room is
+    read again. `waited_s` is the time its consumer has spent waiting for it.
     """
 
     def __init__(
-        self, corpus: Blocks, decoder: Decoder, works: Iterable[Work], kept_samples: int, ahead: int
+        self,
+        corpus: Blocked,
+        decoder: AnyDecoder,
+        works: Iterable[Work],
+        most_bytes: int,
+        ahead: int = AHEAD,
     ) -> None:
-        self.waited_s = 0.0
-        self._corpus, self._decoder, self._works = corpus, decoder, works
-        self._kept: OrderedDict[int, Future[Sequence[Sample]]] = OrderedDict()
-        self._kept_samples = kept_samples
-        self._readers = ThreadPoolExecutor(2, thread_name_prefix="reader")
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
+        self._read, self._decode, self._wait = Stopwatch(), Stopwatch(), Stopwatch()
+        self._decoder, self._works = decoder, works
         self._stop = threading.Event()
+        self._shelf = _Shelf(corpus, most_bytes, self._read, self._stop)
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            started = time.perf_counter()
-            item = self._ready.get()
-            self.waited_s += time.perf_counter() - started
+            with self._wait.lap():
+                item = self._ready.get()
             if isinstance(item, Batch):
                 yield item
                 continue
@@ -96,11 +102,22 @@ class Loader:
                 return
             raise item
 
+    @property
+    def waited_s(self) -> float:
+        return self._wait.total_s
+
+    def stages(self) -> dict[str, Any]:
+        """Where the time goes: reads of blocks, decoding of batches, and its consumer's wait."""
+        stages = {"read": self._read, "decode": self._decode, "wait": self._wait}
+        told = {name: stage.statement() for name, stage in stages.items()}
+        return told | {"held_bytes": self._shelf.held_bytes, "read_again": self._shelf.read_again}
+
     def close(self) -> None:
-        """Ends the thread; batches not yet taken are dropped."""
+        """Ends the threads; batches not yet taken are dropped. It waits for no read: one that
+        stalls ends by itself, or with its corpus."""
         self._stop.set()
         self._thread.join()
-        self._readers.shutdown(cancel_futures=True)
+        self._shelf.close()
 
     def _run(self) -> None:
         try:
@@ -121,37 +138,131 @@ class Loader:
         return False
 
     def _batch(self, work: Work) -> Batch:
-        needed = np.unique(work.share.blocks[work.share.valid]).tolist()
-        reads = {block: self._asked(block) for block in needed}
-        for _, block in work.soon:
-            self._asked(block)
-            self._kept.move_to_end(block)  # by its last announcement: see _asked()
-        blocks = {block: read.result() for block, read in reads.items()}
+        blocks = self._shelf.take(
+            np.unique(work.share.blocks[work.share.valid]).tolist(),
+            [block for _, block in work.soon],
+        )
         samples = [
             blocks[block][offset] if valid else None
             for block, offset, valid in zip(
                 *(column.tolist() for column in work.share), strict=True
             )
         ]
-        images, reasons = self._decoder.decode(samples, work.view)
+        with self._decode.lap(sum(len(s.data) for s in samples if s and s.data)):
+            images_BCHW, reasons = self._decoder.decode(samples, work.view)
         valid = [s is not None and r is None for s, r in zip(samples, reasons, strict=True)]
         labels = [-1 if s is None or s.label is None else s.label for s in samples]
         return Batch(
             work,
-            torch.from_numpy(images).permute(0, 3, 1, 2),
+            images_BCHW,
             np.array(valid, bool),
             tuple(reasons),
             np.array(labels, np.int64),
         )
 
-    def _asked(self, block: int) -> Future[Sequence[Sample]]:
-        """The read of a block, begun if need be; drops those that were announced longest ago, whose
-        windows come first. Going by use would drop blocks not yet touched."""
-        if block in self._kept:
-            return self._kept[block]
-        read = self._kept[block] = self._readers.submit(self._corpus.read, block)
-        held = int(self._corpus.counts[list(self._kept)].sum())
-        while held > self._kept_samples and len(self._kept) > 1:
-            oldest, _ = self._kept.popitem(last=False)
-            held -= int(self._corpus.counts[oldest])
-        return read
+
+@dataclass
+class _Held:
+    """A block that is there, or on its way."""
+
+    samples: Future[Sequence[Sample]]
+    bytes: int
+    announced: int  # by which of the announcements, the last time
+
+
+class _Shelf:
+    """Blocks read ahead of their use, within a bound. take() ends early once `stop` is set."""
+
+    def __init__(
+        self, corpus: Blocked, most_bytes: int, reads: Stopwatch, stop: threading.Event
+    ) -> None:
+        self._corpus, self._most_bytes, self._reads = corpus, most_bytes, reads
+        self._stop = stop
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+        self._held: dict[int, _Held] = {}
+        # Each with its announcement, which ends the window that it is known for.
+        self._coming: dict[int, int] = {}  # announced, and not yet asked for, nearest first
+        self._dropped: dict[int, int] = {}  # while they were still of use
+        self._announcement = 0
+        self.held_bytes = self.read_again = 0
+
+    def take(self, needed: Sequence[int], soon: Sequence[int]) -> dict[int, Sequence[Sample]]:
+        """The blocks of a step; has those read that are needed soon."""
+        if soon:
+            self._announcement += 1
+            self._forget(self._announcement - _LIVE - 1)
+        for block in needed:
+            self._ask(block, self._announcement - 1)  # should it be missing, its window has begun
+        for block in soon:
+            if block in self._held:
+                self._held[block].announced = self._announcement
+            else:
+                self._coming[block] = self._announcement
+        self._make_room(set(needed))
+        while self._coming:
+            block, announced = next(iter(self._coming.items()))
+            if not self._fits(block):
+                break
+            self._ask(block, announced)
+        blocks = {block: self._result(block) for block in needed}
+        if soon:
+            self._forget(self._announcement - _LIVE)
+        return blocks
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._held.clear()
+
+    def _fits(self, block: int) -> bool:
+        return self.held_bytes + self._corpus.block_bytes(block) <= self._most_bytes
+
+    def _ask(self, block: int, announced: int) -> None:
+        if block in self._held:
+            return
+        self._coming.pop(block, None)
+        if self._dropped.pop(block, None) is not None:
+            if not self.read_again:
+                say(
+                    "corpus.memory_gb: a shuffling window does not fit; blocks are read again. "
+                    "Give it more memory, or a smaller corpus.window_blocks"
+                )
+            self.read_again += 1
+        size = self._corpus.block_bytes(block)
+        read = self._readers.submit(self._load, block)
+        self._held[block] = _Held(read, size, announced)
+        self.held_bytes += size
+
+    def _load(self, block: int) -> Sequence[Sample]:
+        with self._reads.lap(self._corpus.block_bytes(block)):
+            return self._corpus.read(block)
+
+    def _result(self, block: int) -> Sequence[Sample]:
+        read = self._held[block].samples
+        while not wait([read], timeout=0.1).done:
+            if self._stop.is_set():  # a stalled read may take minutes
+                raise CancelledError
+        return read.result()
+
+    def _forget(self, announcement: int) -> None:
+        """Drops the blocks that only windows which have ended did need."""
+        for block in [b for b, held in self._held.items() if held.announced <= announcement]:
+            self._drop(block)
+        for known in (self._coming, self._dropped):
+            for block in [b for b, announced in known.items() if announced <= announcement]:
+                del known[block]
+
+    def _make_room(self, needed: set[int]) -> None:
+        """Drops blocks that are still of use, the nearest last, where the bound is exceeded."""
+        others = [block for block in self._held if block not in needed]
+        for block in sorted(others, key=lambda block: -self._held[block].announced):
+            if self.held_bytes <= self._most_bytes:
+                return
+            announced = self._held[block].announced
+            if self._drop(block):
+                self._dropped[block] = announced
+
+    def _drop(self, block: int) -> bool:
+        """Whether it had been read, or was being read."""
+        held = self._held.pop(block)
+        self.held_bytes -= held.bytes
+        return not held.samples.cancel()

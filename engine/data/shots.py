@@ -7,7 +7,8 @@ import numpy as np
 
 from engine.config import UserError
 from engine.data.corpus import Corpus, Sample
-from engine.data.order import Share, permute
+from engine.data.order import Share
+from engine.data.permute import permute
 
 __all__ = ["Shots", "choose"]
 
@@ -20,9 +21,8 @@ class Shots:
 
     samples: Sequence[Sample]
 
-    @property
-    def counts(self) -> np.ndarray:
-        return np.array([len(self.samples)])
+    def block_bytes(self, block: int) -> int:
+        return sum(len(sample.data) for sample in self.samples if sample.data)
 
     def read(self, block: int) -> Sequence[Sample]:
         assert block == 0

@@ -11,10 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["TEST_VIEW", "ViewPolicy", "Windows", "philox", "test_windows", "train_windows"]
+__all__ = [
+    "TEST_VIEW",
+    "ViewPolicy",
+    "Windows",
+    "on_grid",
+    "philox",
+    "test_windows",
+    "train_windows",
+]
 
 TEST_VIEW = -1  # the view number of the deterministic test view
 _TRIES = 10
+_LARGE, _GRID = 448, 8  # pixels: of twice CLIP's usual view; what a JPEG decoder shrinks by at most
 _LOW = np.uint64(0xFFFFFFFF)
 
 
@@ -32,7 +41,8 @@ class ViewPolicy:
         """Windows of view number `view`, or TEST_VIEW, of B samples of upright (w, h)."""
         if view == TEST_VIEW:
             return test_windows(size_B2, self.pixels)
-        return train_windows(self.seed, view, shard_B, position_B, size_B2, self.crop_scale)
+        drawn = train_windows(self.seed, view, shard_B, position_B, size_B2, self.crop_scale)
+        return Windows(on_grid(drawn.xywh_B4), drawn.flip_B)
 
 
 class Windows(NamedTuple):
@@ -90,6 +100,13 @@ def train_windows(
     drawn = tries[fits.argmax(axis=0), np.arange(n)]
     windows = np.where(fits.any(axis=0)[:, None], drawn, _central(width, height))
     return Windows(windows.astype(np.float64), words[_TRIES, :, 0] >= 2**31)
+
+
+def on_grid(xywh_B4: np.ndarray) -> np.ndarray:
+    """Large windows, laid on a grid of 8 pixels: where a JPEG decoder shrinks by 2, 4 or 8, their
+    edges are still between pixels. Whatever the view's size: teacher and student may differ."""
+    large = xywh_B4[:, 2:].min(axis=1) >= _LARGE
+    return np.where(large[:, None], xywh_B4 // _GRID * _GRID, xywh_B4)
 
 
 def _central(width: np.ndarray, height: np.ndarray) -> np.ndarray:

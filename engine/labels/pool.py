@@ -6,7 +6,7 @@ a pure function. Replies are method returns, which survive their maker's death.
 """
 
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +14,23 @@ import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.towers import load_clip
 from engine.config import RunConfig
 from engine.data.corpus import open_corpora
-from engine.data.decode import Decoder
+from engine.data.isolate import decoder_of
 from engine.data.loader import Batch
 from engine.data.views import ViewPolicy
 from engine.labels.targets import BlockView, SoftTargets, unpack
 from engine.labels.teacher import Labeller, Teacher, fingerprint
+from engine.progress import say
 
 __all__ = ["StreamSource", "TeacherActor", "start_pool"]
+
+_TRIES = 3  # requests of a label that a teacher answers with an error
 
 
 class TeacherActor:
@@ -38,12 +42,12 @@ class TeacherActor:
         told = config.teacher
         clip = load_clip(told.model, told.weights, "teacher.", told.prompts)
         policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
-        precision = config.teacher.precision
+        precision, corpora = config.teacher.precision, open_corpora(config.corpus)
         self._labeller = Labeller(
             Teacher(clip, classes, precision, device, config.teacher.batch),
-            open_corpora(config.corpus),
-            Decoder(policy, config.device, config.teacher.threads),
-            fingerprint(classes, policy, precision),
+            corpora,
+            decoder_of(policy, config.device, config.teacher.threads, config.corpus),
+            fingerprint(classes, policy, precision, corpora),
         )
 
     def label(self, wanted: BlockView) -> SoftTargets:
@@ -65,8 +69,9 @@ class StreamSource:
     """Target source over a pool of teachers.
 
     `kept_samples` bounds the labels held, in samples. `waited_s` is the time spent waiting for
-    labels. Raises RuntimeError for a label that does not come within `timeout_s`, is not finite, or
-    was made by another teacher, or under another view policy, than this run's.
+    labels. Raises RuntimeError for a label that is needed and does not come within `timeout_s`, or
+    that teachers repeatedly fail to make; that is not finite; or that was made by another teacher,
+    under another view policy, or of another corpus, than this run's.
     """
 
     def __init__(
@@ -92,10 +97,14 @@ class StreamSource:
         self._asked: dict[ray.ObjectRef, tuple[BlockView, int]] = {}
         self._kept: OrderedDict[BlockView, SoftTargets] = OrderedDict()
         self._kept_samples = kept_samples
+        self._told = False  # of an error
+        self._errors: Counter[BlockView] = Counter()
+        self._given_up: dict[BlockView, str] = {}  # and why
 
     def request(self, wanted: Sequence[BlockView]) -> None:
         known = {*self._queue, *self._kept, *(block for block, _ in self._asked.values())}
         for block in wanted:
+            self._given_up.pop(block, None)  # it has a new chance
             if block in self._kept:
                 self._kept.move_to_end(block)
         self._queue.extend(block for block in wanted if block not in known)
@@ -103,11 +112,12 @@ class StreamSource:
 
     def logits(self, batch: Batch) -> tuple[Tensor, np.ndarray]:
         work = batch.work
-        blocks = np.where(work.share.valid, work.share.blocks, -1)
+        # What the student itself could not read or decode needs no label.
+        blocks = np.where(batch.valid_B, work.share.blocks, -1)
         needed = [BlockView(work.corpus, int(b), work.view) for b in np.unique(blocks) if b >= 0]
         answers = self._await(needed)
         valid = np.zeros(len(blocks), bool)
-        if not answers:  # a share of nothing but padding
+        if not answers:  # nothing but padding, and what could not be read
             return self._w_ND.new_zeros(len(blocks), len(self._w_ND)), valid
         form, width = next((t.form, t.values.shape[1]) for t in answers.values())
         values = np.zeros((len(blocks), width), np.float16)
@@ -132,7 +142,7 @@ class StreamSource:
     def _await(self, needed: Sequence[BlockView]) -> dict[int, SoftTargets]:
         started = time.perf_counter()
         self._collect(0)
-        missing = [wanted for wanted in needed if wanted not in self._kept]
+        missing = [w for w in needed if w not in self._kept and w not in self._given_up]
         asked = {block for block, _ in self._asked.values()}
         for wanted in reversed([m for m in missing if m not in asked]):
             if wanted in self._queue:
@@ -140,6 +150,9 @@ class StreamSource:
             self._queue.appendleft(wanted)
         self._pump()
         while not all(wanted in self._kept for wanted in needed):
+            for wanted in needed:
+                if wanted in self._given_up:
+                    raise RuntimeError(f"no label of {wanted}: {self._given_up[wanted]}")
             left_s = self._timeout_s - (time.perf_counter() - started)
             if left_s <= 0 or not self._collect(left_s):
                 late = next(wanted for wanted in needed if wanted not in self._kept)
@@ -163,15 +176,33 @@ class StreamSource:
         for ref in ready:
             wanted, teacher = self._asked.pop(ref)
             self._owed[teacher] -= 1
-            self._kept[wanted] = self._checked(wanted, ray.get(ref))
+            try:
+                answer = ray.get(ref)
+            except RayTaskError as error:
+                self._fail(wanted, error.cause)
+            else:
+                self._kept[wanted] = self._checked(wanted, answer)
+                self._errors.pop(wanted, None)
         self._pump()
         return bool(ready)
+
+    def _fail(self, wanted: BlockView, error: Exception) -> None:
+        """Asks again, a few times."""
+        if not self._told:
+            self._told = True
+            say(f"label of {wanted}: {error}; asking again, as after all such errors from now on")
+        self._errors[wanted] += 1
+        if self._errors[wanted] < _TRIES:
+            self._queue.appendleft(wanted)
+        else:
+            self._given_up[wanted] = f"teachers failed {self._errors.pop(wanted)} times: {error}"
 
     def _checked(self, wanted: BlockView, answer: SoftTargets) -> SoftTargets:
         if answer.fingerprint != self._fingerprint:
             raise RuntimeError(
                 f"label of {wanted} was made by {answer.fingerprint}, "
-                f"this run wants {self._fingerprint}"
+                f"this run wants {self._fingerprint}: by another teacher, or of a corpus that was "
+                "indexed anew meanwhile"
             )
         if not np.isfinite(answer.values[answer.valid]).all():
             raise RuntimeError(f"label of {wanted} is not finite: stopped before it is trained on")

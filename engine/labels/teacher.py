@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.towers import DTYPES, Clip
 from engine.config import UserError
-from engine.data.corpus import Corpus
-from engine.data.decode import Decoder
+from engine.data.corpus import Corpus, Sample
+from engine.data.isolate import AnyDecoder
 from engine.data.loader import Batch
 from engine.data.views import ViewPolicy
 from engine.labels.targets import BlockView, SoftTargets, pack
@@ -21,9 +21,15 @@ from kernels.reference import logits
 __all__ = ["InlineSource", "Labeller", "Teacher", "fingerprint"]
 
 
-def fingerprint(classes: ClassVectors, policy: ViewPolicy, precision: str) -> str:
+def fingerprint(
+    classes: ClassVectors, policy: ViewPolicy, precision: str, corpora: Mapping[str, Corpus]
+) -> str:
     """Of everything but block and view that a label depends on, as 16 hex digits."""
-    identity = f"{classes.teacher} {classes.fingerprint} {policy} {precision}"
+    images = [
+        (name, corpus.fingerprint, corpus.blocks.block_samples)
+        for name, corpus in sorted(corpora.items())
+    ]
+    identity = f"{classes.teacher} {classes.fingerprint} {policy} {precision} {images}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
@@ -60,20 +66,30 @@ class Teacher:
 
 
 class Labeller:
-    """Soft targets of blocks: reads, decodes and labels; a pure function of its argument."""
+    """Soft targets of blocks: reads, decodes and labels; a pure function of its argument. Raises
+    OSError for a block of which nothing can be read: that may pass, and is no label."""
 
     def __init__(
-        self, teacher: Teacher, corpora: Mapping[str, Corpus], decoder: Decoder, fingerprint: str
+        self, teacher: Teacher, corpora: Mapping[str, Corpus], decoder: AnyDecoder, fingerprint: str
     ) -> None:
         self._teacher, self._corpora = teacher, corpora
         self._decoder, self._fingerprint = decoder, fingerprint
 
     def label(self, wanted: BlockView) -> SoftTargets:
-        samples = self._corpora[wanted.corpus].read(wanted.block)
+        corpus = self._corpora[wanted.corpus]
+        samples = corpus.read(wanted.block)
+        if _unreadable(samples):
+            shard = corpus.shards[corpus.blocks.at(wanted.block).shard]
+            raise OSError(f"the teacher cannot read block {wanted.block}, of {shard}")
         images, reasons = self._decoder.decode(samples, wanted.view)
-        u_nD = self._teacher.features(torch.from_numpy(images).permute(0, 3, 1, 2))
+        u_nD = self._teacher.features(images)
         valid_n = np.array([reason is None for reason in reasons])
         return pack(u_nD, valid_n, self._teacher.w_ND, self._teacher.scale, self._fingerprint)
+
+
+def _unreadable(samples: Sequence[Sample]) -> bool:
+    reasons = {sample.reason for sample in samples}
+    return "unreadable" in reasons and None not in reasons
 
 
 class InlineSource:

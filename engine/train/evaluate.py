@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.towers import Clip
+from engine.config import CorpusConfig
 from engine.data.corpus import Corpus
-from engine.data.decode import Decoder
+from engine.data.isolate import decoder_of
 from engine.data.loader import AHEAD, Loader, Work
 from engine.data.order import Share
 from engine.data.views import TEST_VIEW, ViewPolicy
@@ -26,6 +27,8 @@ from kernels.reference import logits
 
 __all__ = ["Model", "Score", "evaluate", "tally", "zero_shot"]
 
+_AS_USUAL = CorpusConfig()
+_HELD_BYTES = 1 << 30  # of encoded images
 Model = Callable[[Tensor], Tensor]  # uint8 images [B, 3, S, S] on the device -> logits [B, N]
 
 
@@ -63,10 +66,11 @@ def evaluate(
     base: int,
     batch: int,
     device: torch.device,
+    data: CorpusConfig = _AS_USUAL,
 ) -> tuple[dict[str, Tensor], Ledger]:
     """tally() of every model, and of the teacher behind `source` if there is one (`teacher`), over
     the test view of some blocks of a corpus; and what became of the samples. Decodes with `threads`
-    CPU threads."""
+    CPU threads, as `data` says."""
     names = [*models, "teacher"] if source else [*models]
     tallies = {name: torch.zeros(7, dtype=torch.int64) for name in names}
     ledger = Ledger()
@@ -74,8 +78,9 @@ def evaluate(
         Work("evaluation", number, TEST_VIEW, share, soon)
         for number, (share, soon) in enumerate(_shares(corpus, blocks, batch))
     )
-    decoder = Decoder(policy, str(device), threads)  # its own: another one may be at work
-    loader = Loader(corpus, decoder, works, 2 * int(corpus.counts.max()), AHEAD)
+    # Its own: another one may be at work.
+    decoder = decoder_of(policy, str(device), threads, data)
+    loader = Loader(corpus, decoder, works, _HELD_BYTES)
     try:
         with torch.inference_mode():
             for decoded in loader:
@@ -94,6 +99,7 @@ def evaluate(
                     tallies[name] += tally(logits_BN, labels, base, teacher_BN).cpu()
     finally:
         loader.close()
+        decoder.close()
     return tallies, ledger
 
 
@@ -115,8 +121,8 @@ def _shares(
     """Batches of each block in turn, with the (view, block) that come next."""
     for place, block in enumerate(blocks):
         soon = tuple((TEST_VIEW, other) for other in blocks[place : place + AHEAD])
-        for low in range(0, int(corpus.counts[block]), batch):
-            offsets = np.arange(low, min(low + batch, int(corpus.counts[block])))
+        for low in range(0, corpus.blocks.at(block).length, batch):
+            offsets = np.arange(low, min(low + batch, corpus.blocks.at(block).length))
             yield Share(np.full_like(offsets, block), offsets, np.ones(len(offsets), bool)), soon
 
 

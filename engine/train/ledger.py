@@ -7,9 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.loader import Batch
+from engine.data.loader import FAILURES, Batch
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "Spoilt", "Watch"]
+
+_ENOUGH = 1000  # images, or a pass, of which a share can be judged
+_BLOCKS = 100  # failures come by blocks: over so many they even out
+
+
+class Spoilt(RuntimeError):
+    """More images turn out unusable than a run may skip. All workers raise it at the same step."""
 
 
 @dataclass
@@ -28,6 +35,11 @@ class Ledger:
         left_out = np.flatnonzero(batch.work.share.valid & ~trained_B)
         reasons = Counter(batch.reasons[row] or "teacher" for row in left_out)
         self.skipped = dict(Counter(self.skipped) + reasons)
+
+    @property
+    def failed(self) -> int:
+        """Samples that could not be used, against what the index said."""
+        return sum(count for reason, count in self.skipped.items() if reason in FAILURES)
 
     @classmethod
     def total(cls, ledgers: Iterable["Ledger"]) -> "Ledger":
@@ -48,3 +60,30 @@ class Ledger:
             "skipped": dict(sorted(self.skipped.items())),
             "pending": planned - self.visited,
         }
+
+
+class Watch:
+    """Stops a run that fails too often: over all that it has visited since it was started, and
+    over the latest `_BLOCKS` blocks or more, so that a long good past excuses nothing."""
+
+    def __init__(self, share: float, samples: int, largest_block: int, before: Ledger) -> None:
+        """For a corpus of so many samples."""
+        self._share, self._enough = share, min(_ENOUGH, samples)
+        self._many = max(_ENOUGH, _BLOCKS * largest_block)
+        self._start = self._judged = before.failed, before.visited
+
+    def require_usable(self, failed: int, visited: int) -> None:
+        """Of all workers and lives of the run. Raises Spoilt where more than the share failed."""
+        for (failed_before, visited_before), enough in (
+            (self._start, self._enough),
+            (self._judged, self._many),
+        ):
+            now_failed, now_visited = failed - failed_before, visited - visited_before
+            if now_failed > self._share * max(now_visited, enough):
+                raise Spoilt(
+                    f"{now_failed} of {now_visited} images could not be read, decoded or labelled, "
+                    f"more than corpus.max_skipped = {self._share:g} allows; ledger.json counts "
+                    "the reasons"
+                )
+        if visited - self._judged[1] >= self._many:
+            self._judged = failed, visited

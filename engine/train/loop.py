@@ -7,22 +7,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import TrainConfig
+from engine.config import CorpusConfig, TrainConfig
 from engine.data.corpus import Corpus
-from engine.data.decode import Decoder
-from engine.data.loader import AHEAD, Loader, Work
+from engine.data.isolate import AnyDecoder
+from engine.data.loader import Loader, Work
 from engine.data.order import Order
 from engine.labels.targets import BlockView, TargetSource
 from engine.telemetry import GpuSampler, Recorder
 from engine.train import checkpoint
 from engine.train.health import Health
-from engine.train.ledger import Ledger
+from engine.train.ledger import Ledger, Spoilt, Watch
 
 if TYPE_CHECKING:
     from engine.train.student import StudentTrainer  # DeepSpeed is slow to import
@@ -42,6 +42,7 @@ class Trained:
     ledger: Ledger
     waited_labels_s: float  # mean over workers
     waited_data_s: float
+    stages: dict[str, Any]  # of rank 0's loader
 
 
 def training_works(
@@ -60,9 +61,10 @@ def train(
     trainer: "StudentTrainer",
     source: TargetSource,
     corpus: Corpus,
-    decoder: Decoder,
+    decoder: AnyDecoder,
     order: Order,
     config: TrainConfig,
+    data: CorpusConfig,
     folder: Path,
     start: checkpoint.Checkpoint | None,
     device: torch.device,
@@ -71,8 +73,8 @@ def train(
     """Trains from `start`, or from the beginning, to the last step.
 
     Rank 0 appends records to `folder`/metrics.jsonl and writes `folder`/checkpoints. All workers
-    call `after_pass` with the number of each pass they complete, and raise Collapse at the same
-    step.
+    call `after_pass` with the number of each pass they complete, and raise Collapse, or Spoilt, at
+    the same step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     total_steps = config.passes * order.steps
@@ -83,11 +85,12 @@ def train(
     recorder = Recorder(folder) if rank == 0 else None
     gpu = GpuSampler(device.index or 0) if rank == 0 and device.type == "cuda" else None
     works = training_works(order, config.passes, config.views or config.passes, rank, world, first)
-    kept_samples = kept(order, world)
-    loader = Loader(corpus, decoder, works, kept_samples, AHEAD)
+    loader = Loader(corpus, decoder, works, int(data.memory_gb * 2**30))
     # A collapse is not to cost more than a pass, where a pass is short.
     period = min(config.checkpoint_steps, max(order.steps, _SHORTEST_PERIOD))
     health = start.health if start else Health()
+    before = start.ledger if start else Ledger()
+    watch = Watch(data.max_skipped, order.samples, order.blocks.largest, before)
     counts = torch.zeros(4, device=device)
     recorded = first
     started = logged = time.perf_counter()
@@ -106,8 +109,9 @@ def train(
             done = batch.work.step + 1
             saves = done % period == 0 or done == total_steps
             if done % config.log_steps == 0 or saves:  # what is saved has been looked at
-                dist.all_reduce(counts)
-                images, kl, agreeing, not_finite = counts.tolist()
+                seen = torch.tensor([ledger.failed, ledger.visited], device=device)
+                totals = _sum(torch.cat([counts.double(), seen.double()]))
+                images, kl, agreeing, not_finite, failed, visited = totals.tolist()
                 now = time.perf_counter()
                 if recorder:
                     recorder.record(
@@ -133,6 +137,12 @@ def train(
                     classes=trainer.classes,
                     enough=config.judge_images,
                 )
+                try:
+                    watch.require_usable(int(failed), int(visited))
+                except Spoilt:  # what is learned is kept, for who mends the corpus
+                    train_s = before_s + time.perf_counter() - started
+                    _save(trainer, folder, done, train_s, ledger, health)
+                    raise
                 counts.zero_()
                 logged, recorded = now, done
             if done % order.steps == 0:  # before it is saved, which ends the pass for good
@@ -150,13 +160,17 @@ def train(
     everyone = merged(ledger)
     assert everyone.visited == config.passes * order.samples, "samples were left out of the run"
     waits = _sum(torch.tensor([source.waited_s, loader.waited_s], device=device)) / world
-    return Trained(total_steps, train_s, everyone, *waits.tolist())
+    labels_s, data_s = waits.tolist()
+    return Trained(total_steps, train_s, everyone, labels_s, data_s, loader.stages())
 
 
 def kept(order: Order, world: int) -> int:
-    """Samples of blocks to hold so that no block is dropped while a window still needs it."""
-    largest = int(order.counts.max())
-    return 2 * (order.lanes // world) * (order.window_samples + 2 * largest)
+    """Samples of blocks to hold so that labels are not dropped while a window still needs them.
+
+    An average where many blocks lie in two units: one that is dropped is labelled again.
+    """
+    window = int(order.window_samples * (1 + order.torn)) + 2 * order.blocks.largest
+    return 2 * (order.lanes // world) * window
 
 
 def _save(

@@ -3,7 +3,7 @@
 It needs Ray only where the run streams its labels, and runs as well under torchrun or in a test.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +18,8 @@ from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, load_clip
 from engine.clip.weights import vision_shape
 from engine.config import RunConfig, UserError
-from engine.data.corpus import open_corpora
-from engine.data.decode import Decoder
+from engine.data.corpus import Corpus, open_corpora
+from engine.data.isolate import decoder_of
 from engine.data.order import Order
 from engine.data.views import ViewPolicy
 from engine.labels.pool import StreamSource
@@ -28,7 +28,7 @@ from engine.labels.teacher import InlineSource, Teacher, fingerprint
 from engine.train import checkpoint, rollback
 from engine.train.evaluate import Model, Score, evaluate, zero_shot
 from engine.train.health import Collapse
-from engine.train.ledger import Ledger
+from engine.train.ledger import Ledger, Spoilt
 from engine.train.loop import Trained, kept, merged, train
 from engine.train.selection import Selection
 
@@ -50,15 +50,18 @@ class Task(NamedTuple):
 def work(task: Task, device: torch.device) -> dict[str, Any]:
     """Trains, writes the bundle and evaluates, on the process group that is already there.
 
-    Gives the same on every worker: steps, seconds, ledgers and scores; or, under `collapsed`, why
-    the student was given up. Raises UserError where workers do not see the same run folder,
-    RuntimeError where labels do not come.
+    Gives the same on every worker: steps, seconds, ledgers and scores; or, under `collapsed` or
+    `spoilt`, why the student, or the corpus, was given up. Raises UserError where workers do not
+    see the same run folder, RuntimeError where labels do not come.
     """
     torch.set_num_threads(task.config.student.threads)
     worker = _Worker(task, device)
     try:
         return worker.run()
     finally:
+        for corpus in worker.corpora.values():  # a stalled read would hold the process
+            corpus.close()
+        worker.decoder.close()
         worker.source.close()
 
 
@@ -74,17 +77,18 @@ class _Worker:
         self.w_ND = torch.from_numpy(self.classes.vectors).to(device)
         self.corpora = open_corpora(config.corpus)
         self.order = Order(
-            self.corpora["shards"].counts,
+            self.corpora["shards"].blocks,
             config.corpus.lanes,
             config.train.batch,
             config.corpus.window_blocks * config.corpus.block_samples,
             config.seed,
         )
         policy = ViewPolicy(config.seed, self.clip.image.pixels, config.train.crop_scale)
-        self.decoder = Decoder(policy, str(device), config.student.threads)
+        threads = config.student.threads
+        self.decoder = decoder_of(policy, str(device), threads, config.corpus)
         self.selection = Selection(config.train.selection, config.folder)
         kept_samples = kept(self.order, self.world)
-        self.source = _source(task, self.w_ND, kept_samples, self.rank, device)
+        self.source = _source(task, self.corpora, self.w_ND, kept_samples, self.rank, device)
 
     def run(self) -> dict[str, Any]:
         """All of a run; see work()."""
@@ -93,6 +97,8 @@ class _Worker:
             try:
                 trained, weights = self._trained()
                 break
+            except Spoilt as spoilt:
+                return {"spoilt": str(spoilt)}
             except Collapse as collapse:
                 most = config.train.rollbacks
                 step = rollback.take(config.folder, str(collapse), most, self.rank)
@@ -118,6 +124,7 @@ class _Worker:
             "train_s": trained.train_s,
             "waited_labels_s": trained.waited_labels_s,
             "waited_data_s": trained.waited_data_s,
+            "data": trained.stages,
             "ledger": trained.ledger.statement(config.train.passes * self.order.samples),
             "scores": scores,
             "evaluation": evaluation,
@@ -139,6 +146,7 @@ class _Worker:
                 self.decoder,
                 self.order,
                 self.config.train,
+                self.config.corpus,
                 self.config.folder,
                 start,
                 self.device,
@@ -193,8 +201,9 @@ class _Worker:
         mine = range(self.rank, len(held_out.blocks), self.world)
         base, batch = base_count(len(self.classes.names)), self.config.teacher.batch
         policy, threads = self.decoder.policy, self.config.student.threads
+        data = self.config.corpus
         tallies, ledger = evaluate(
-            models, source, held_out, mine, policy, threads, base, batch, self.device
+            models, source, held_out, mine, policy, threads, base, batch, self.device, data
         )
         scores = {}
         for name, counts in tallies.items():
@@ -229,7 +238,12 @@ def _require_one_start(start: tuple[int, int], world: int) -> None:
 
 
 def _source(
-    task: Task, w_ND: Tensor, kept_samples: int, rank: int, device: torch.device
+    task: Task,
+    corpora: Mapping[str, Corpus],
+    w_ND: Tensor,
+    kept_samples: int,
+    rank: int,
+    device: torch.device,
 ) -> TargetSource:
     config, classes = task.config, task.classes
     if config.targets.source == "inline":
@@ -241,7 +255,7 @@ def _source(
     policy = ViewPolicy(config.seed, pixels, config.train.crop_scale)
     return StreamSource(
         task.teachers,
-        fingerprint(classes, policy, config.teacher.precision),
+        fingerprint(classes, policy, config.teacher.precision, corpora),
         w_ND,
         classes.logit_scale,
         config.targets.outstanding,
