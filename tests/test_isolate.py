@@ -1,5 +1,6 @@
 """engine.data.isolate: images that crash or hang a decoder for real, in a child of this process."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -80,7 +81,13 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def children() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
+    """Decoding processes of this one; those of other tests (a resource tracker) do not count."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not child.cmdline() or "engine.data.isolate" in " ".join(child.cmdline()):
+                found.add(child)  # without a command line: it has ended, and is not reaped yet
+    return found
 
 
 def test_it_gives_what_a_decoder_gives(isolated, bare, encoded, photos):
