@@ -34,9 +34,7 @@ from engine.progress import track
 
 __all__ = ["Report", "index"]
 
-_LARGE_BYTES = (
-    2 << 30
-)  # of local shards, from which the seconds that Ray takes to start are worth it
+_LARGE_BYTES = 2 << 30  # of local shards: worth the seconds that Ray takes to start
 
 
 @dataclass

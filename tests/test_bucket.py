@@ -5,13 +5,13 @@ import importlib.util
 import json
 import random
 import re
-import threading
 import time
 from hashlib import md5
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec
 import pytest
+from servers import serving
 
 from engine.config import UserError
 from engine.data import storage as storage_module
@@ -96,12 +96,8 @@ def server():
     running.daemon_threads = True
     running.files = {"a/1.tar": DATA, "a/0.tar": b"small", "a/b/2.tar": b"", "a/0.idx": b"x"}
     running.asked, running.faults = [], []
-    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-    thread.start()
-    yield running
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    with serving(running):
+        yield running
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import re
 import socket
 import struct
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from servers import serving
 
 from engine.config import UserError
 from engine.data import storage as storage_module
@@ -146,12 +146,8 @@ def server():
 
     running = Quiet(("127.0.0.1", 0), Handler)
     about.port = running.server_port
-    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-    thread.start()
-    yield about
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    with serving(running):
+        yield about
 
 
 @pytest.fixture

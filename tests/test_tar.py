@@ -24,6 +24,18 @@ def walk(data: bytes) -> tuple[list[Member], Walk]:
     return list(found), found
 
 
+class Counted:
+    """A view of some bytes that counts how many were asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.asked = memoryview(data), 0
+
+    def __call__(self, offset: int, size: int) -> memoryview:
+        part = self._data[offset : offset + size]
+        self.asked += len(part)
+        return part
+
+
 def archive(files: Sequence[tuple[str, bytes]], form: str = "ustar", **info) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=FORMATS[form]) as out:
@@ -377,22 +389,14 @@ def test_random_damage_is_survived(form: str):
                     found[block : block + BLOCK] = header(
                         bytes(found[block : block + BLOCK]), size=size, kind=kinds
                     )
-        asked = 0
-        view = memoryview(bytes(found))
-
-        def counted(offset: int, size: int, view: memoryview = view) -> memoryview:
-            nonlocal asked
-            part = view[offset : offset + size]
-            asked += len(part)
-            return part
-
+        counted = Counted(bytes(found))
         result = Walk(counted, len(found))
         last = 0
         for member in result:
             assert last <= member.offset - BLOCK and member.size >= 0
             last = member.offset + member.size
             assert last <= len(found)
-        assert asked < 8 * len(found) + 20_000
+        assert counted.asked < 8 * len(found) + 20_000
     for hit in range(300):
         at = dice.randrange(len(data) - 10_240)
         members, _ = walk(damaged(data, at))
@@ -402,15 +406,8 @@ def test_random_damage_is_survived(form: str):
 def test_work_is_linear_even_where_every_other_header_is_damaged():
     one = archive([("a", b"")])[:BLOCK]
     for count in (100, 10_000):
-        data = memoryview((one + damaged(one, 7)) * count)
-        asked = 0
-
-        def counted(offset: int, size: int, data: memoryview = data) -> memoryview:
-            nonlocal asked
-            part = data[offset : offset + size]
-            asked += len(part)
-            return part
-
+        data = (one + damaged(one, 7)) * count
+        counted = Counted(data)
         found = Walk(counted, len(data))
         assert len(list(found)) == count and found.damaged == count
-        assert asked < 8 * len(data)
+        assert counted.asked < 8 * len(data)

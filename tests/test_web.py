@@ -6,10 +6,10 @@ import shutil
 import ssl
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+from servers import serving
 
 from engine.data.storage import Access, Storage, Unreadable
 
@@ -51,12 +51,8 @@ def server(tmp_path):
     context.load_cert_chain(cert, key)
     running.socket = context.wrap_socket(running.socket, server_side=True)
     running.cert = cert
-    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-    thread.start()
-    yield running
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    with serving(running):
+        yield running
 
 
 def test_a_certificate_that_is_not_trusted_is_final(server):

@@ -93,11 +93,6 @@ class Corpus:
         return self.blocks.samples
 
     @property
-    def bytes(self) -> int:
-        """Of all shards."""
-        return sum(self._manifest["bytes"].to_pylist())
-
-    @property
     def incomplete(self) -> tuple[str, ...]:
         """Shards that may have lost their tails, each with the samples it has and should have."""
         rows = zip(self.shards, self._manifest["short"].to_pylist(), strict=True)

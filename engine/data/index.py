@@ -20,13 +20,12 @@ from engine.data import parquet
 from engine.data.header import BadImage, read_header
 from engine.data.manifest import FORMATS, SAMPLES, Facts, ShardIndex
 from engine.data.places import Shard, is_image
-from engine.data.storage import Stat, Storage, Unreadable
+from engine.data.storage import PIECE, Stat, Storage, Unreadable
 from engine.data.tar import MAX_MEMBER_BYTES, Walk
 
 __all__ = ["BESIDE", "Indexed", "digest", "index_shard"]
 
 BESIDE = "images beside the first of their sample"  # a note
-_PIECE = 8 << 20  # bytes read at once
 _LABEL_BYTES = 12  # at most
 _WDS2IDX = "v1.2"
 digest: Callable[[bytes | memoryview], int] = xxhash.xxh3_64_intdigest
@@ -208,7 +207,7 @@ class _Forward:
         """`size` bytes from `offset` on; fewer at the end of the file."""
         end = min(offset + size, self._stat.bytes)
         if offset < self._low or end > self._low + len(self._piece):
-            stop = min(max(end, offset + _PIECE), self._stat.bytes)
+            stop = min(max(end, offset + PIECE), self._stat.bytes)
             data = self._storage.read(self._url, offset, stop, self._stat) if stop > offset else b""
             self._low, self._piece = offset, memoryview(data)
         return self._piece[offset - self._low : max(offset, end) - self._low]

@@ -60,11 +60,15 @@ def _holds_bytes(field: pa.Field) -> bool:
 def opened(storage: Storage, url: str, stat: Stat) -> pq.ParquetFile:
     """Raises UserError for what is no parquet file, OSError where it cannot be read."""
     try:
-        return pq.ParquetFile(pa.PythonFile(_Seekable(storage, url, stat), mode="r"))
+        return _parquet_file(storage, url, stat)
     except _READING:
         raise
     except _DAMAGED as error:
         raise UserError(f"{url}: not a parquet file ({error})") from None
+
+
+def _parquet_file(storage: Storage, url: str, stat: Stat) -> pq.ParquetFile:
+    return pq.ParquetFile(pa.PythonFile(_Seekable(storage, url, stat), mode="r"))
 
 
 def cells(file: pq.ParquetFile, column: str, where: str) -> Iterator[Cell]:
@@ -137,7 +141,7 @@ class Images:
             raise Changed(f"{url}: cannot be decoded any more ({error})") from None
 
     def _open(self, url: str, stat: Stat) -> _Opened:
-        file = pq.ParquetFile(pa.PythonFile(_Seekable(self._storage, url, stat), mode="r"))
+        file = _parquet_file(self._storage, url, stat)
         groups = map(file.metadata.row_group, range(file.num_row_groups))
         return _Opened(file, list(accumulate(g.num_rows for g in groups)), threading.Lock())
 

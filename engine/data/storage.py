@@ -29,7 +29,7 @@ from engine.data.cache import BlockCache
 from engine.data.web import Web
 from engine.progress import say
 
-__all__ = ["Access", "Changed", "Stat", "Storage", "Unreadable", "check_url"]
+__all__ = ["PIECE", "Access", "Changed", "Stat", "Storage", "Unreadable", "check_url"]
 
 T = TypeVar("T")
 
