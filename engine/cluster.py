@@ -4,16 +4,18 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import ray
 import ray.exceptions
 import torch
 
 from engine.clip.towers import half_precision, trained_precision
-from engine.config import RunConfig, UserError
+from engine.config import RunConfig, StudentConfig, UserError
 from engine.progress import say
 
-__all__ = ["resolve", "start", "wait_for_room", "wanted"]
+__all__ = ["resolve", "session", "start", "wait_for_room", "wanted"]
 
 # Ray's usage reports and state exports serve no run, and slow its start.
 _QUIET_RAY = {
@@ -29,6 +31,17 @@ _QUIET_RAY = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+
+
+@contextmanager
+def session(address: str, cpus: float = 0) -> Iterator[bool]:
+    """start(), and the end of a cluster that is ours; tells whether it is."""
+    ours = start(address, cpus)
+    try:
+        yield ours
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def start(address: str, cpus: float = 0) -> bool:
@@ -91,16 +104,19 @@ def resolve(config: RunConfig) -> RunConfig:
     return resolved
 
 
-def wait_for_room(config: RunConfig, grows: bool) -> None:
-    """Waits until the cluster is large enough for a resolved config, saying what it lacks.
+def wait_for_room(config: RunConfig, students: Sequence[StudentConfig], streams: bool) -> None:
+    """Waits until the cluster is large enough for the teachers of a resolved config, which are
+    actors if it `streams`, and for its students, saying what it lacks.
 
-    Raises UserError after `ray.start_timeout_s`, or at once where the cluster never `grows`. Ray
-    Train itself would wait without a word.
+    Raises UserError after `ray.start_timeout_s`, or at once where the cluster is of this machine
+    and cannot grow. Ray Train itself would wait without a word.
     """
+    grows = bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
     deadline = time.monotonic() + config.ray.start_timeout_s
+    needed = wanted(config, students, streams)
     while True:
         have = ray.cluster_resources()
-        lacks = {kind: n for kind, n in wanted(config).items() if n > have.get(kind, 0)}
+        lacks = {kind: n for kind, n in needed.items() if n > have.get(kind, 0)}
         if not lacks:
             return
         text = ", ".join(f"{n:g} {kind}, has {have.get(kind, 0):g}" for kind, n in lacks.items())
@@ -113,11 +129,12 @@ def wait_for_room(config: RunConfig, grows: bool) -> None:
         time.sleep(5)
 
 
-def wanted(config: RunConfig) -> dict[str, float]:
-    """Ray resources of all actors of a run."""
-    student, teacher = config.student, config.teacher
-    actors = teacher.actors if config.targets.source == "stream" else 0
+def wanted(config: RunConfig, students: Sequence[StudentConfig], streams: bool) -> dict[str, float]:
+    """Ray resources of the teachers, if they are actors, and of the students."""
+    teacher = config.teacher
+    actors = max(teacher.actors, 1) if streams else 0
     return {
-        "CPU": student.workers * student.cpus + actors * teacher.cpus,
-        "GPU": student.workers * (student.gpus or 0) + actors * (teacher.gpus or 0),
+        "CPU": sum(one.workers * one.cpus for one in students) + actors * teacher.cpus,
+        "GPU": sum(one.workers * (one.gpus or 0) for one in students)
+        + actors * (teacher.gpus or 0),
     }

@@ -11,6 +11,7 @@ from braceexpand import braceexpand
 
 __all__ = [
     "ClassesConfig",
+    "Colleague",
     "CorpusConfig",
     "Precision",
     "Range",
@@ -30,7 +31,8 @@ __all__ = [
 ]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-PATH, SHARDS = {"path": "one"}, {"path": "several"}  # metadata of fields that name them
+# Metadata of fields that name them.
+PATH, PATHS, SHARDS = {"path": "one"}, {"path": "each"}, {"path": "several"}
 
 
 class UserError(ValueError):
@@ -103,6 +105,8 @@ class CorpusConfig(Section):
     """Lanes of a pass: a multiple of every number of student workers the run may have."""
     memory_gb: Annotated[float, Range(0, above=True)] = 4.0
     """Most encoded images a worker holds; blocks beyond it are read again when they are needed."""
+    view_seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
+    """Of the views alone, so that runs of several seeds can share a store. None: the run's seed."""
     max_skipped: Annotated[float, Range(0, 1)] = 0.1
     """Largest share of images that may turn out unusable, beyond those that the index excludes,
     before the run stops."""
@@ -155,8 +159,12 @@ class TeacherConfig(Section):
     (model.pth.tar-20). Empty: zero-shot."""
     precision: Precision = "auto"
     """auto: fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32."""
-    actors: Annotated[int, Range(1, 100_000)] = 1
-    """Teacher actors in the pool (targets.source = stream)."""
+    weight: Annotated[float, Range(0, above=True)] = 1.0
+    """Of this teacher's probabilities, where there are several."""
+    actors: Annotated[int, Range(0, 100_000)] = 0
+    """Teacher actors in the pool (targets.source = stream), the fewest; 0: chosen."""
+    max_actors: Annotated[int, Range(0, 100_000)] = 0
+    """Most teacher actors, started where students wait for labels. 0: as many as actors."""
     gpus: Annotated[float | None, Range(0, 1)] = None
     """GPUs of one actor. None: one where the cluster has GPUs, else none."""
     cpus: Annotated[float, Range(0, 1024)] = 0
@@ -169,7 +177,7 @@ class TeacherConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(Section):
-    """The CLIP image tower that learns, through its prompts and projector alone."""
+    """The CLIP image tower that learns: through prompts and a projector, or as a whole."""
 
     prefix: ClassVar[str] = "student."
 
@@ -178,9 +186,13 @@ class StudentConfig(Section):
     weights: str = path_field()
     """Checkpoint file (.pt, .safetensors) or an open_clip tag. Not for local-dir."""
     precision: Precision = "auto"
-    """Of the frozen tower; prompts and projector stay fp32. auto: bf16 on a GPU, else fp32."""
-    prompts: Annotated[int, Range(1, 1024)] = 4
-    """Visual prompts of a layer."""
+    """Of a frozen tower; what is trained stays fp32, and bf16 is then autocast around it. auto:
+    bf16 on a GPU, else fp32."""
+    trainable: str = "prompts"
+    """What is trained, beside the projector: prompts; last:K, them and the tower's last K layers;
+    full, them and all of the tower."""
+    prompts: Annotated[int, Range(0, 1024)] = 4
+    """Visual prompts of a layer; 0: none."""
     depth: Annotated[int, Range(1, 1024)] = 9
     """Layers with prompts of their own."""
     projector_width: Annotated[int, Range(0, 65536)] = 0
@@ -195,6 +207,31 @@ class StudentConfig(Section):
     """CPU threads of one worker, for decoding and for a step on CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
+    offload: bool = False
+    """Keep the optimizer's state, and its step, on the CPU (ZeRO-Offload)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind, colon, layers = self.trainable.partition(":")
+        counted = kind == "last" and layers.isascii() and layers.isdigit() and int(layers) > 0
+        if not counted and (colon or kind not in ("prompts", "full")):
+            raise UserError(
+                f"student.trainable must be prompts, full or last:K, got {self.trainable!r}"
+            )
+        if self.trained_layers != 0 and self.precision == "fp16":
+            raise UserError(
+                "student.precision: fp16 is for frozen towers; with student.trainable = "
+                f"{self.trainable} it must be bf16 or fp32"
+            )
+        if self.offload and self.zero_stage == 0:
+            raise UserError("student.offload needs student.zero_stage 1, 2 or 3")
+
+    @property
+    def trained_layers(self) -> int | None:
+        """The tower's last layers that are trained; None: all of it, its embeddings too."""
+        if self.trainable == "full":
+            return None
+        return int(self.trainable.removeprefix("last:")) if self.trainable != "prompts" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +240,24 @@ class TargetsConfig(Section):
 
     prefix: ClassVar[str] = "targets."
 
-    source: Literal["stream", "inline"] = "stream"
-    """stream: a pool of teacher actors; inline: a teacher in every student worker."""
-    outstanding: Annotated[int, Range(1, 1024)] = 4
-    """Blocks a student worker has asked for and not yet received, at most."""
+    source: Literal["auto", "inline", "stream", "store", "synthetic"] = "auto"
+    """inline: a teacher in every student worker; stream: a pool of teacher actors; store: recorded
+    labels alone; auto: of these three what serves best; synthetic: noise, to time a student by."""
+    store: str = path_field()
+    """Folder or URL (s3, gs) of recorded labels: what is there is not asked again, and what is not
+    is recorded. Empty: none."""
+    add_labelling: bool = False
+    """Record into a store that holds other labellings alone."""
+    precision: Literal["fp16", "int8"] = "fp16"
+    """Of labels as they are sent and stored; int8 is half as large, and tells what KL it costs."""
+    fusion: Literal["mean", "confidence"] = "mean"
+    """Of several teachers: mean of their probabilities by teacher.weight, or by that times each
+    one's largest probability."""
+    outstanding: Annotated[int | None, Range(1, 1024)] = None
+    """Blocks a student worker has asked for and not yet received, at most. None: four for each
+    teacher, over all workers."""
+    memory_gb: Annotated[float, Range(0)] = 1.0
+    """Labels that a teacher holds for other students of the run."""
     timeout_s: Annotated[float, Range(1)] = 600.0
     """A label that takes longer stops the run."""
 
@@ -239,10 +290,16 @@ class TrainConfig(Section):
     """Linear warm-up of schedule = steps; at most a fifth of the run."""
     temperature: Annotated[float, Range(0, above=True)] = 1.0
     """tau of the KL; both logit scales are divided by it."""
-    kd_weight: Annotated[float, Range(0, above=True)] = 1000.0
+    kd_weight: Annotated[float, Range(0)] = 1000.0
     """Factor of the KL after its reduction; the paper has 200 for Aircraft, Flowers and DTD."""
     reduction: Literal["paper", "batchmean"] = "paper"
     """batchmean: sum over classes, mean over images; paper: that divided by N classes as well."""
+    cosine_weight: Annotated[float, Range(0)] = 0.0
+    """Factor of 1 - cosine between teacher's and student's logits, each less their mean."""
+    feature_weight: Annotated[float, Range(0)] = 0.0
+    """Factor of the distance between teacher's and student's unit features."""
+    feature: Literal["l1", "mse"] = "l1"
+    """That distance: absolute (l1) or squared (mse) differences, summed over the dimensions."""
     selection: Literal["last", "paper", "paper-xd"] = "last"
     """Which weights are kept: the last, or those of the pass with the best accuracy on
     corpus.evaluation, among base classes (paper) or all (paper-xd), as the paper does, which looks
@@ -259,6 +316,14 @@ class TrainConfig(Section):
     """Steps between metric records."""
     max_failures: Annotated[int, Range(-1)] = 3
     """Times the student workers are restarted from the last checkpoint; -1: without limit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kd_weight == self.cosine_weight == self.feature_weight == 0:
+            raise UserError(
+                "train.kd_weight, train.cosine_weight and train.feature_weight are all 0: "
+                "nothing would be learned"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +364,14 @@ class Run(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Colleague(Section):
+    """One more teacher of a run, by a file of its own."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    classes: ClassesConfig = field(default_factory=ClassesConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Run):
     """Distils a teacher into a student over unlabeled images."""
 
@@ -307,6 +380,9 @@ class RunConfig(Run):
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     classes: ClassesConfig = field(default_factory=ClassesConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: tuple[str, ...] = field(default=(), metadata=PATHS)
+    """TOML files of more teachers ([teacher] and, without names, [classes]), whose answers are
+    fused with the first one's into one soft target."""
     student: StudentConfig = field(default_factory=StudentConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -319,6 +395,11 @@ class RunConfig(Run):
                 f"corpus.lanes ({self.corpus.lanes}) must be a multiple of "
                 f"student.workers ({self.student.workers})"
             )
+        most, least = self.teacher.max_actors, self.teacher.actors
+        if 0 < most < least:
+            raise UserError(f"teacher.max_actors ({most}) is less than teacher.actors ({least})")
+        if self.targets.source == "store" and not self.targets.store:
+            raise UserError("targets.store: targets.source is store, so it must name one")
         if self.train.batch % self.corpus.lanes:
             raise UserError(
                 f"train.batch ({self.train.batch}) must be a multiple of "
@@ -327,7 +408,11 @@ class RunConfig(Run):
 
     @property
     def views(self) -> int:
-        return self.train.views or self.train.passes
+        return min(self.train.views or self.train.passes, self.train.passes)
+
+    @property
+    def view_seed(self) -> int:
+        return self.seed if self.corpus.view_seed is None else self.corpus.view_seed
 
 
 T = TypeVar("T")
@@ -348,6 +433,8 @@ def absolute(config: T) -> T:
         elif f.metadata == PATH and value and "://" not in value:
             is_tag = f.name == "weights" and not Path(value).exists()
             changes[f.name] = value if is_tag else str(Path(value).absolute())
+        elif f.metadata == PATHS:
+            changes[f.name] = tuple(str(Path(path).absolute()) for path in value)
         elif f.metadata == SHARDS and value:
             parts = [value] if Path(value).exists() else value.split("::")
             changes[f.name] = "::".join(map(_absolute, parts))

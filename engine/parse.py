@@ -6,6 +6,7 @@ types and values out of range each end in a one-screen error that names the dott
 
 import dataclasses
 import json
+import math
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,10 @@ def parse(
     prog: str,
     from_files: bool = False,
     presets: Path | None = None,
+    more: Sequence[str] = (),
 ) -> T:
-    """Fills `schema` from flags and, with `from_files`, from the TOML or JSON files among `args`.
+    """Fills `schema` from flags and, with `from_files`, from the TOML or JSON files among `args`,
+    and then from `more`.
 
     `presets` is a folder of TOML files; the one that the last `preset` names is read before all
     else. A preset without a file is what the schema's defaults are.
@@ -41,6 +44,7 @@ def parse(
     Raises UserError for a file that cannot be read, and for values that do not fit together.
     """
     files, words = _split(args, schema) if from_files else ([], list(args))
+    files += more
     flags = [flag for file in files for flag in _file_flags(file, schema)]
     if presets and (preset := presets / f"{_preset([*flags, *words])}.toml").exists():
         flags = [*_file_flags(str(preset), schema), *flags]
@@ -57,13 +61,19 @@ def parse(
 
 def _split(args: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
     """The config files among the words, which are no values of flags; and the other words."""
-    switches = {"--" + name.replace("_", "-") for name, kind in _types(schema) if kind is bool}
+    types = {f"--{name}".replace("_", "-"): kind for name, kind in _types(schema)}
     files: list[str] = []
     words: list[str] = []
-    for before, word in zip(("", *args), args, strict=False):
-        is_switch = before.replace("_", "-") in switches
-        is_value = before.startswith("--") and "=" not in before and not is_switch
-        is_file = word.endswith((".toml", ".json")) and not is_value
+    takes = 0.0  # words that the last flag may still take as its values
+    for word in args:
+        if word.startswith("--"):
+            kind = types.get(word.replace("_", "-"))
+            several = get_origin(kind) is tuple
+            takes = math.inf if several else 0 if kind is bool or "=" in word else 1
+            words.append(word)
+            continue
+        is_file = word.endswith((".toml", ".json")) and takes <= 0
+        takes -= 1
         (files if is_file else words).append(word)
     return files, words
 

@@ -74,7 +74,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     folder = run_folder.create(config)
     policy = ViewPolicy(config.seed, clip.image.pixels, config.train.crop_scale)
     decoder = Decoder(policy, config.device, threads=2)
-    with Watch(folder / "metrics.jsonl"):
+    with Watch({config.name: folder / "metrics.jsonl"}):
         average, ledger = learn(tuner, shots, decoder, config, folder)
     prompts = folder / "prompts.safetensors"
     average.prompts(clip, config.prompts).save(prompts)
@@ -121,17 +121,17 @@ def learn(
     )
     average, ledger = Average(train), Ledger()
     recorder = Recorder(folder)
-    loader = Loader(shots, decoder, works, shots.block_bytes(0))
+    loader = Loader(shots, decoder, works, shots.block_bytes(0), device=device)
     sums, images, logged = torch.zeros(3, device=device), 0, time.perf_counter()
     try:
-        for decoded in loader:
-            batch = decoded.to(device)
+        for batch in loader:
+            images_BCHW = batch.here()
             ledger.add(batch, batch.valid_B)
             pass_, done = batch.work.view, batch.work.step + 1
             rows = torch.from_numpy(np.flatnonzero(batch.valid_B)).to(device)
             labels_B = torch.from_numpy(batch.labels_B).to(device)[rows]
             if len(rows):
-                sums += len(rows) * tuner.step(pass_, batch.images_BCHW[rows], labels_B)
+                sums += len(rows) * tuner.step(pass_, images_BCHW[rows], labels_B)
                 images += len(rows)
             if done % train.log_steps == 0 or done % steps == 0:
                 loss, cross_entropy, accuracy = (sums / max(images, 1)).tolist()

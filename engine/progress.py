@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,11 +17,21 @@ __all__ = ["Watch", "say", "track"]
 T = TypeVar("T")
 
 _console = Console(stderr=True, highlight=False)
+_listeners: list[Callable[[str], None]] = []  # the last counts
 
 
 def say(message: str) -> None:
     """A line for the user; standard output is left to results."""
-    _console.print(message, markup=False, soft_wrap=True)
+    if _listeners:
+        _listeners[-1](message)
+    else:
+        _console.print(message, markup=False, soft_wrap=True)
+
+
+def hand_over(listener: Callable[[str], None]) -> None:
+    """From now on, what this process says goes to a listener: of a worker, whose own output nobody
+    reads."""
+    _listeners.append(listener)
 
 
 def track(items: Iterable[T], what: str) -> Iterable[T]:
@@ -30,13 +40,15 @@ def track(items: Iterable[T], what: str) -> Iterable[T]:
 
 
 class Watch:
-    """Follows a run's metrics.jsonl while the caller waits for the run.
+    """Follows the metrics.jsonl of one or several runs, by name, while the caller waits for them.
 
-    On a terminal it draws a bar; elsewhere it prints a line at most every `quiet_s` seconds.
+    On a terminal it draws a bar each; elsewhere it prints lines at most every `quiet_s` seconds.
     """
 
-    def __init__(self, metrics: Path, quiet_s: float = 10.0) -> None:
-        self._metrics, self._quiet_s = metrics, quiet_s
+    def __init__(self, metrics: Mapping[str, Path], quiet_s: float = 10.0) -> None:
+        self._tails = {name: _Tail(file) for name, file in metrics.items()}
+        self._quiet_s = quiet_s
+        self._said: set[tuple[str, str]] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
 
@@ -65,41 +77,57 @@ class Watch:
             TextColumn("{task.fields[told]}"),
         )
         with Progress(*columns, console=_console, transient=True) as bar:
-            task = bar.add_task("waiting for the first step", total=None, told="")
-            offset = 0
+            waits = "waiting for the first step"
+            tasks = {name: bar.add_task(waits, total=None, told="") for name in self._tails}
             while not self._done.wait(0.5):
-                record, offset = self._newest(offset)
-                if record:
+                for name, record in self._news():
                     bar.update(
-                        task,
-                        description="training",
+                        tasks[name],
+                        description=f"{self._named(name)}training",
                         completed=record["step"],
                         total=record["steps"],
                         told=_told(record),
                     )
 
     def _print_lines(self) -> None:
-        offset, done = 0, False
+        done = False
         while not done:
             done = self._done.wait(self._quiet_s)
-            record, offset = self._newest(offset)
-            if record:
-                say(f"step {record['step']}/{record['steps']} · {_told(record)}")
+            for name, record in self._news():
+                say(f"{self._named(name)}step {record['step']}/{record['steps']} · {_told(record)}")
 
-    def _newest(self, offset: int) -> tuple[dict[str, Any] | None, int]:
-        """The last whole training record written after `offset`, and where to read on."""
-        if not self._metrics.exists():
-            return None, offset
-        with open(self._metrics) as file:
-            file.seek(offset)
+    def _news(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The newest training record of each run that has one; says what the runs have to say."""
+        for name, tail in self._tails.items():
+            records = tail.read()
+            for record in records:
+                # Workers may have the same to say.
+                if record["kind"] == "notice" and (name, record["text"]) not in self._said:
+                    self._said.add((name, record["text"]))
+                    say(f"{self._named(name)}{record['text']}")
+            if train := [record for record in records if record["kind"] == "train"]:
+                yield name, train[-1]
+
+    def _named(self, name: str) -> str:
+        return f"{name}: " if len(self._tails) > 1 else ""
+
+
+class _Tail:
+    """The records that are written to a file from now on."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._offset = file, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The whole records written since the last time."""
+        if not self._file.exists():
+            return []
+        with open(self._file) as file:
+            file.seek(self._offset)
             text = file.read()
         whole = text[: text.rfind("\n") + 1]
-        records = [json.loads(line) for line in whole.splitlines()]
-        for record in records:
-            if record["kind"] == "notice":
-                say(record["text"])
-        train = [record for record in records if record["kind"] == "train"]
-        return (train[-1] if train else None), offset + len(whole.encode())
+        self._offset += len(whole.encode())
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 def _told(record: dict[str, Any]) -> str:

@@ -5,10 +5,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig, Section, to_dict
+from engine.config import RunConfig, Section, UserError, to_dict
 from engine.parse import Flat, parse
+from engine.together import check_together
 from jobs.cli import PRESETS, run
 from jobs.seeds import mean, parse_seeds, spread
 from jobs.table import scores
@@ -24,6 +26,9 @@ class DistillConfig(Section):
     """
 
     run: Flat[RunConfig]
+    students: tuple[str, ...] = ()
+    """TOML files of students that share the teachers and their labels: of [student], [train] and
+    seed what each has of its own. The run folder of FILE.toml is NAME/FILE."""
     seeds: str = ""
     """Seeds like 1,2,3: a run for each, in NAME/seed-1 and so on; tells their mean and spread."""
     dry_run: bool = False
@@ -31,30 +36,81 @@ class DistillConfig(Section):
 
 
 def main(args: Sequence[str]) -> int:
-    asked = parse(
+    asked = _parsed(args)
+    config = asked.run
+    students = _students(args, asked)
+    if students:
+        check_together(students)
+    seeds = parse_seeds(asked.seeds) if asked.seeds else ()
+    if asked.dry_run:
+        told = {name: to_dict(one) for name, one in students.items()} or to_dict(config)
+        print(json.dumps(told, indent=2))
+        return 0
+    if students:
+        if seeds:
+            raise UserError("seeds: several students have a seed each, in their files")
+        return _together(students)
+    if not seeds:
+        from engine.run import distill
+
+        _tell(distill(config), config)
+        return 0
+    return _each(config, seeds)
+
+
+def _parsed(args: Sequence[str], *more: str) -> DistillConfig:
+    """`more`: files that are read after those among the words."""
+    return parse(
         DistillConfig,
         args,
         prog="promptkd distill",
         from_files=True,
         presets=PRESETS / "distill",
+        more=more,
     )
-    config = asked.run
-    seeds = parse_seeds(asked.seeds) if asked.seeds else ()
-    if asked.dry_run:
-        print(json.dumps(to_dict(config), indent=2))
-        return 0
+
+
+def _students(args: Sequence[str], asked: DistillConfig) -> dict[str, RunConfig]:
+    """The runs of several students, by name: the common settings, then those of each file, then
+    the command line."""
+    found: dict[str, RunConfig] = {}
+    for file in asked.students:
+        name, folder = Path(file).stem, str(asked.run.folder)
+        if name in found:
+            raise UserError(f"students: two files are named {name}")
+        told = _parsed(args, file).run
+        found[name] = dataclasses.replace(told, runs_dir=folder, name=name)
+    return found
+
+
+def _together(students: Mapping[str, RunConfig]) -> int:
+    from engine.run import distill_students
+
+    outcomes = distill_students(students)
+    for name, outcome in outcomes.items():
+        print(f"student {name}")
+        if isinstance(outcome, Exception):
+            print(f"student {name} failed: {outcome}", file=sys.stderr)
+        else:
+            _tell(outcome, students[name])
+    return 1 if any(isinstance(outcome, Exception) for outcome in outcomes.values()) else 0
+
+
+def _tell(summary: Mapping[str, Any], config: RunConfig) -> None:
+    print(table(summary))
+    print(weights(summary))
+    print(labels(summary["labels"]))
+    if skipped := summary["skipped"]:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
+        print(f"skipped in all passes: {reasons}")
+    print(f"run folder: {config.folder}")
+
+
+def _each(config: RunConfig, seeds: Sequence[int]) -> int:
+    """A run for each seed."""
     from engine.run import distill
     from engine.run_folder import check_free
 
-    if not seeds:
-        summary = distill(config)
-        print(table(summary))
-        print(weights(summary))
-        if skipped := summary["skipped"]:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
-            print(f"skipped in all passes: {reasons}")
-        print(f"run folder: {config.folder}")
-        return 0
     runs = {seed: of_seed(config, seed) for seed in seeds}
     for run_ in runs.values():  # before the first of them takes its hours
         check_free(run_)
@@ -95,6 +151,27 @@ def table(summary: Mapping[str, Any], deviation: Mapping[str, Any] | None = None
         f"time for labels, {100 * wait['data']:.1f} % for data",
     ]
     return "\n".join(lines)
+
+
+def labels(told: Mapping[str, Any]) -> str:
+    """Where a run's labels came from, and what was spared."""
+    text = f"labels: {told['source']}"
+    if told.get("labelled"):
+        by = f" by {told['teachers']:.0f} teachers" if "teachers" in told else ""
+        text += f"; {told['labelled']:,.0f} images labelled{by}"
+    if told.get("again"):
+        text += f", and {told['again']:,.0f} more answered from memory"
+    if "from_store" in told:
+        share = told["from_store"] / max(told["from_store"] + told["asked"], 1)
+        text += f"; {100 * share:.0f} % read from the store"
+    if told.get("unrecorded"):
+        text += ", which did not take all that was labelled"
+    if told.get("damaged"):
+        text += f", where {told['damaged']:,.0f} files were damaged"
+    if told.get("lost_kl_sum"):
+        lost = told["lost_kl_sum"] / told["received"]
+        text += f"; int8 has cost a KL of {lost:.2g}"
+    return text
 
 
 def weights(summary: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.prompts import Projector, PromptedTower
 from engine.clip.towers import load_clip
+from engine.clip.trained import TrainedTower
 from engine.config import UserError
 from jobs import cli
 from kernels.reference import logits
@@ -72,6 +73,36 @@ def test_predictor_is_the_student(made, saved):
     assert predictor.pixels == 16
     # Alone or in company, an image gets the same answer.
     torch.testing.assert_close(predictor(images[:1]), wanted[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_trained_tower_is_predicted_with(made, tmp_path, layers):
+    """From the file, edited by the command, over the backbone, which stays as it is."""
+    clip = load_clip(made[1].model, "", "")
+    student = PromptedTower(TrainedTower(clip, layers), 2, 2, hidden=12, outputs=10, seed=3)
+    generator = torch.Generator().manual_seed(8)
+    for param in student.parameters():
+        if param.requires_grad:
+            param.data += 0.1 * torch.randn(param.shape, generator=generator)
+    bundle = dataclasses.replace(made[1], learned=student.state_dict())
+    bundle.save(tmp_path / "whole")
+    assert (
+        cli.main(["bundle", *map(str, (tmp_path / "whole", tmp_path / "b")), "--rename", "a=A"])
+        == 0
+    )
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    before = clip.image(images)
+    predictor = Bundle.load(tmp_path / "b").attached(clip, CPU)
+    with torch.no_grad():
+        wanted = logits(student.eval()(images), bundle.w_ND, 37.5)
+    torch.testing.assert_close(predictor(images), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(clip.image(images), before) and not torch.allclose(
+        predictor.student.tower(images), before, atol=0.05
+    )
+    assert not any(name.startswith("tower.") for name in predictor.student.state_dict())
+    half = bundle.predictor("cpu", "bf16")
+    assert half.student.tower.dtype == torch.bfloat16
+    torch.testing.assert_close(half(images), wanted, rtol=0.1, atol=1.5)
 
 
 def test_backbone_may_lie_elsewhere_but_must_be_the_same(made, saved, tmp_path):

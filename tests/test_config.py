@@ -132,6 +132,32 @@ def test_a_wrong_toml_names_field_and_file(toml, complaint, text: str):
     assert file in message.replace(" ", "")  # however it is wrapped
 
 
+WRONG_STUDENT = {  # TOML of [student] and [train]: what the message has to name
+    '[student]\ntrainable = "tower"': "student.trainable must be prompts, full or last:K",
+    '[student]\ntrainable = "last:0"': "student.trainable must be prompts, full or last:K",
+    '[student]\ntrainable = "last"': "student.trainable must be prompts, full or last:K",
+    '[student]\ntrainable = "full:2"': "student.trainable must be prompts, full or last:K",
+    '[student]\ntrainable = "full"\nprecision = "fp16"': "student.precision: fp16 is for frozen",
+    "[student]\noffload = true\nzero_stage = 0": "student.offload needs student.zero_stage",
+    "[train]\nkd_weight = 0.0": "train.feature_weight are all 0",
+    "[train]\ncosine_weight = -1.0": "train.cosine_weight must be at least 0",
+    '[train]\nfeature = "l2"': "--train.feature",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_STUDENT)
+def test_what_cannot_be_trained_names_the_field(toml, complaint, text: str):
+    assert WRONG_STUDENT[text] in complaint(toml('name = "a"\n' + text))
+
+
+def test_what_is_trained_is_told_in_layers(toml):
+    for text, layers in (("prompts", 0), ("last:2", 2), ("last:12", 12), ("full", None)):
+        config = run_config(toml(f'name = "a"\n[student]\ntrainable = "{text}"\noffload = true\n'))
+        assert config.student.trained_layers == layers and config.student.offload
+    alone = run_config("--name", "a", "--train.kd_weight", "0", "--train.feature_weight", "2")
+    assert alone.train.kd_weight == 0
+
+
 WRONG_RUN = {  # on the run itself: cross-field and top-level errors
     "seed = -1": "seed must be at least 0",
     'name = ""': "name must be a plain folder name",
@@ -140,6 +166,8 @@ WRONG_RUN = {  # on the run itself: cross-field and top-level errors
     'device = "tpu"': "--device",
     "[train]\nbatch = 6": "train.batch (6) must be a multiple of corpus.lanes (4)",
     "[student]\nworkers = 3": "corpus.lanes (4) must be a multiple of student.workers (3)",
+    "[teacher]\nactors = 3\nmax_actors = 2": "teacher.max_actors (2) is less than teacher.actors",
+    '[targets]\nsource = "store"': "targets.store: targets.source is store, so it must name one",
 }
 
 
@@ -307,6 +335,7 @@ def test_the_papers_preset_is_the_papers_recipe():
     assert (train.kd_weight, train.reduction, train.temperature) == (1000, "paper", 1)
     assert (train.crop_scale, train.selection) == (0.08, "paper")
     assert (student.prompts, student.depth, student.projector_width) == (4, 9, 0)
+    assert student.trainable == "prompts" and train.cosine_weight == train.feature_weight == 0
 
 
 def test_the_presets_of_stage_one_are_the_references():

@@ -12,7 +12,8 @@ from engine.clip.towers import load_clip
 from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
 from engine.data.views import TEST_VIEW, ViewPolicy
-from engine.labels.teacher import InlineSource, Teacher
+from engine.labels.inline import InlineSource
+from engine.labels.teacher import Teacher, Team
 from engine.train.evaluate import Score, evaluate, tally
 
 CPU = torch.device("cpu")
@@ -98,12 +99,17 @@ def colour(images: torch.Tensor) -> torch.Tensor:
 def run(folder, models, source, block_samples, batch, blocks=None):
     corpus = Corpus.open(str(folder), block_samples)
     chosen = range(len(corpus.blocks)) if blocks is None else blocks
-    return evaluate(models, source, corpus, chosen, POLICY, 1, 2, batch, CPU)
+    told = (lambda targets: targets.values_BX) if source else None
+    return evaluate(models, source, corpus, chosen, POLICY, 1, 2, batch, CPU, told=told)
+
+
+def inline(teacher):
+    return InlineSource(Team([teacher], "logits", [1.0], "mean"))
 
 
 @pytest.mark.parametrize(("block_samples", "batch"), [(8, 3), (100, 100)])
 def test_scores_are_those_of_all_usable_images(folder, teacher, block_samples, batch):
-    tallies, ledger = run(folder, {"colour": colour}, InlineSource(teacher), block_samples, batch)
+    tallies, ledger = run(folder, {"colour": colour}, inline(teacher), block_samples, batch)
     samples = [s for b in range(3) for s in Corpus.open(str(folder), 100).read(b)]
     images, reasons = Decoder(POLICY, "cpu", 1).decode(samples, TEST_VIEW)
     usable = [row for row, reason in enumerate(reasons) if reason is None]
@@ -138,9 +144,9 @@ def test_a_right_model_scores_all(folder):
 
 
 def test_ranks_add_up_to_the_whole(folder, teacher):
-    whole, _ = run(folder, {"colour": colour}, InlineSource(teacher), 8, 3)
+    whole, _ = run(folder, {"colour": colour}, inline(teacher), 8, 3)
     parts = [
-        run(folder, {"colour": colour}, InlineSource(teacher), 8, 3, range(rank, 5, 2))[0]
+        run(folder, {"colour": colour}, inline(teacher), 8, 3, range(rank, 5, 2))[0]
         for rank in range(2)
     ]
     for name in whole:

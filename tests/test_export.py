@@ -18,18 +18,27 @@ from engine.clip.bundle import Bundle
 from engine.clip.export import export_onnx, export_open_clip
 from engine.clip.prompts import PromptedTower
 from engine.clip.towers import load_clip
+from engine.clip.trained import TrainedTower
 from engine.config import UserError
 from jobs import cli
 
 NAMES = ("daisy", "oak tree", "ü")
 
 
-def make_bundle(model: str, weights: str = "", depth: int = 3) -> Bundle:
+def make_bundle(
+    model: str, weights: str = "", depth: int = 3, prompts: int = 2, layers: int | None = 0
+) -> Bundle:
+    """`layers` of the tower are trained, so that they are not what they were; None: all."""
     clip = load_clip(model, weights, "")
+    tower = clip.image if layers == 0 else TrainedTower(clip, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        student = PromptedTower(clip.image, prompts=2, depth=depth, hidden=12, outputs=10, seed=3)
-        student.prompts.data.normal_()
+        student = PromptedTower(tower, prompts, depth, hidden=12, outputs=10, seed=3)
+        for name, param in student.named_parameters():
+            if name == "prompts":
+                param.data.normal_()
+            elif name.startswith("tower.") and param.requires_grad:
+                param.data += 0.1 * torch.randn_like(param)
         pixels = clip.image.pixels
         for _ in range(3):  # the running statistics leave their start
             student(torch.randint(0, 256, (4, 3, pixels, pixels), dtype=torch.uint8))
@@ -179,6 +188,30 @@ def test_open_clip_alone_answers_as_the_bundle(bundle, images, tmp_path, capsys)
 def test_a_student_of_shallow_prompts(tmp_path):
     bundle = make_bundle(clip_folder(tmp_path / "clip", seed=4), depth=1)
     assert max(export_open_clip(bundle, tmp_path / "student")) < 1e-5
+
+
+@pytest.mark.parametrize(("prompts", "layers"), [(2, None), (0, 1), (0, 0)])
+def test_a_trained_tower_goes_along(prompts, layers, images, tmp_path):
+    """Into both formats, with prompts and without; open_clip has its weights before any hook."""
+    model = clip_folder(tmp_path / "clip", seed=4)
+    bundle = make_bundle(model, prompts=prompts, layers=layers)
+    bundle.save(tmp_path / "bundle.safetensors")
+    bundle = Bundle.load(tmp_path / "bundle.safetensors")
+    folder = tmp_path / "student"
+    assert max(export_open_clip(bundle, folder)) < 1e-5
+    assert max(export_onnx(bundle, tmp_path / "student.onnx")) < 1e-5
+
+    stock, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    frozen = load_clip(model, "", "")
+    with torch.inference_mode():
+        pixels = torch.stack([preprocess(Image.open(file)) for file in images[0]])
+        theirs, ours = stock.eval().encode_image(pixels), frozen.image(images[1])
+        predictor = bundle.attached(frozen, torch.device("cpu"))
+        tower = predictor.student.tower(images[1])
+    torch.testing.assert_close(theirs, tower, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(theirs, ours, atol=0.01) == (layers == 0)
+    told = (folder / "README.md").read_text()
+    assert ("as distillation left them" in told) == (layers != 0)
 
 
 def test_an_architecture_with_a_checkpoint(tmp_path):

@@ -32,6 +32,7 @@ PLACES = {
         "engine/data/storage.py",
         "engine/data/web.py",
         "engine/data/bucket.py",
+        "engine/labels/folder.py",
     ),
     "aiohttp": ("engine/data/web.py",),
     "yarl": ("engine/data/web.py",),
@@ -40,6 +41,8 @@ PLACES = {
     "pynvml": ("engine/telemetry.py",),
     "ray": (
         "engine/labels/pool.py",
+        "engine/labels/scaling.py",
+        "engine/labels/stream.py",
         "engine/train/gang.py",
         "engine/run.py",
         "engine/cluster.py",

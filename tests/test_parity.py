@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray.train
 import torch
@@ -16,6 +17,7 @@ from engine.clip.prompts import PromptedTower
 from engine.clip.towers import load_clip
 from engine.config import TrainConfig
 from engine.config_pretrain import LearnConfig, PromptsConfig
+from engine.labels.targets import Targets
 from engine.labels.teacher import Teacher
 from engine.train.pretrain import Tuner, new_prompts, text_anchor
 from engine.train.student import StudentTrainer
@@ -61,14 +63,14 @@ def take_two_steps(
         param.register_hook(lambda g, name=name: gradients[-1].__setitem__(name, g.clone()))
     features: list[Tensor] = []
     student.register_forward_hook(lambda module, given, result: features.append(result.detach()))
-    trainer = StudentTrainer(student, w, clip.logit_scale, PAPER, 1, STEPS)
+    trainer = StudentTrainer(student, w, clip.logit_scale, 1.0, PAPER, 1, STEPS)
     mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
     tallies = []
     for step in (FIRST_STEP, FIRST_STEP + 1):
         gradients.append({})
-        valid = torch.ones(6 // world, dtype=torch.bool)
-        tallies.append(trainer.step(step, images[mine], told[mine], valid))
-    losses = [trainer.weight * tally[1] for tally in tallies]
+        targets = Targets("logits", told[mine], np.ones(6 // world, dtype=bool))
+        tallies.append(trainer.step(step, images[mine], targets))
+    losses = [tally[3] for tally in tallies]
     weights, _ = trainer.state()
     student.eval()
     with torch.inference_mode():

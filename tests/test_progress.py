@@ -34,7 +34,7 @@ def test_tracked_items_are_the_items(capsys):
 
 def test_watch_prints_the_newest_whole_record(tmp_path, capsys):
     metrics = tmp_path / "metrics.jsonl"
-    with Watch(metrics, quiet_s=0.02):
+    with Watch({"run": metrics}, quiet_s=0.02):
         time.sleep(0.1)  # there is no file yet
         metrics.write_text(line(10) + line(20) + json.dumps({"kind": "other"}) + "\n")
         printed = await_text(capsys, "step 20/40")
@@ -53,7 +53,7 @@ def test_watch_prints_the_newest_whole_record(tmp_path, capsys):
 def test_watch_ends_with_its_block_and_hides_no_error(tmp_path):
     started = time.monotonic()
     try:
-        with Watch(tmp_path / "metrics.jsonl", quiet_s=60):
+        with Watch({"run": tmp_path / "metrics.jsonl"}, quiet_s=60):
             raise KeyError("mine")
     except KeyError:
         pass

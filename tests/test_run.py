@@ -15,64 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from domains import PASSES, config_of, losses, write_domain
 from safetensors.torch import load_file, save_file
 
 from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
-from engine.config import RunConfig, UserError, to_dict
+from engine.config import UserError, to_dict
 from engine.data.shards import write_shards
 from engine.index import index
-from engine.parse import parse
 from engine.run import distill
 from jobs import cli
 from jobs.quickstart import HERE
-from jobs.quickstart.domain import CLASSES, write_images
-
-PASSES = 2
+from jobs.quickstart.domain import CLASSES
 
 
 @pytest.fixture(scope="module")
 def domain(tmp_path_factory) -> Path:
-    """A small quickstart domain, sharded and indexed, with one image that cannot be decoded."""
-    folder = tmp_path_factory.mktemp("domain")
-    write_images(folder / "train_images", "domain", 4, seed=1, labelled=False)
-    write_images(folder / "test_images", "domain", 2, seed=2, labelled=True)
-    broken = folder / "train_images" / "00007.jpg"
-    broken.write_bytes(broken.read_bytes().replace(b"\xff\xdb", b"\xff\xfe"))  # no tables
-    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    for images, shards, names in (("train", "shards", None), ("test", "evaluation", CLASSES)):
-        write_shards(folder / f"{images}_images", folder / shards, names, 100, False)
-        index(str(folder / shards))
-    return folder
-
-
-def config_of(domain: Path, runs: Path, name: str, *flags: str) -> RunConfig:
-    words = {
-        "name": name,
-        "runs_dir": runs,
-        "corpus.shards": domain / "shards",
-        "corpus.evaluation": domain / "evaluation",
-        "corpus.block_samples": 32,
-        "corpus.window_blocks": 2,
-        "classes.names": domain / "classes.txt",
-        "teacher.model": f"local-dir:{HERE / 'models' / 'teacher'}",
-        "teacher.precision": "fp32",
-        "student.model": f"local-dir:{HERE / 'models' / 'student'}",
-        "student.depth": 4,
-        "train.passes": PASSES,
-        "train.batch": 32,
-        "train.optimizer": "adamw",
-        "train.lr": 2e-3,
-        "train.log_steps": 1,
-        "train.checkpoint_steps": 5,
-    }
-    args = [str(word) for field, value in words.items() for word in (f"--{field}", value)]
-    return parse(RunConfig, [*args, *flags], prog="test")
-
-
-def losses(folder: Path) -> list[float]:
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records]
+    return write_domain(tmp_path_factory.mktemp("domain"))
 
 
 @pytest.mark.ray
@@ -124,6 +83,7 @@ def test_mistakes_are_found_before_a_model_is_built(domain, tmp_path):
     assert "classes.names" in short and str(few) in short and "labels up to 47" in short
     assert "classes.vectors" in complaint("--classes.vectors", str(vectors))
     assert "student.depth" in complaint("--student.depth", "5")
+    assert "student.trainable: last:5" in complaint("--student.trainable", "last:5")
     assert "no run folder" in complaint(
         "--name", domain.name, "--runs_dir", str(domain.parent), "--overwrite"
     )

@@ -7,6 +7,7 @@ from engine.train.schedule import (
     effective_weight,
     gaussian_weights,
     learning_rate,
+    loss_terms,
     peak_rate,
 )
 
@@ -85,3 +86,11 @@ def test_effective_weight_of_the_two_reductions():
     paper = TrainConfig(kd_weight=1000, reduction="paper")
     assert effective_weight(paper, 1000) == 1
     assert effective_weight(paper, 10) == 100
+
+
+def test_loss_terms_are_told_with_their_weights():
+    assert loss_terms(TrainConfig(), 10) == "effective weight of the KL 100"
+    mixed = TrainConfig(kd_weight=0, cosine_weight=2, feature_weight=0.5, feature="mse")
+    told = loss_terms(mixed, 10)
+    assert told.startswith("effective weight of the cosine distance of logits 2, ")
+    assert told.endswith(", of the MSE distance of features 0.5") and "KL" not in told

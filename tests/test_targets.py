@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from engine.labels.targets import pack, unpack
+from engine.labels.targets import exact, fewer_bytes, finite, pack, shifted, unpack
 from kernels.reference import kl_divergence, logits
 
 SCALE = 100.0
@@ -22,10 +22,17 @@ def case(request):
     return near(w_ND, 40), w_ND
 
 
-def through(u_nD, w_ND):
+def sent(u_nD, w_ND, wire="fp16", valid_n=None):
+    form = fewer_bytes(w_ND)
+    values = u_nD if form == "features" else shifted(logits(u_nD, w_ND, SCALE))
+    valid_n = np.ones(len(u_nD), bool) if valid_n is None else valid_n
+    return pack(form, values, valid_n, "who", wire, w_ND, SCALE)
+
+
+def through(u_nD, w_ND, wire="fp16"):
     """Logits after a way over the wire, and what went over it."""
-    targets = pack(u_nD, np.ones(len(u_nD), bool), w_ND, SCALE, "f")
-    return unpack(targets.form, torch.from_numpy(targets.values), w_ND, SCALE), targets
+    targets = sent(u_nD, w_ND, wire)
+    return unpack(targets.form, torch.from_numpy(exact(targets)), w_ND, SCALE), targets
 
 
 def test_the_smaller_form_is_taken(case):
@@ -61,5 +68,40 @@ def test_logits_are_shifted_and_features_are_not(case):
 def test_the_rest_is_handed_on(case):
     u_nD, w_ND = case
     valid = np.arange(40) % 3 > 0
-    targets = pack(u_nD, valid, w_ND, SCALE, "who")
+    targets = sent(u_nD, w_ND, valid_n=valid)
     assert np.array_equal(targets.valid, valid) and targets.fingerprint == "who"
+
+
+def test_int8_is_half_as_large_and_says_what_it_loses(case):
+    u_nD, w_ND = case
+    unpacked, targets = through(u_nD, w_ND, "int8")
+    whole = sent(u_nD, w_ND)
+    assert targets.values.dtype == np.int8 and targets.bytes == whole.bytes // 2 + 4 * 40
+    lost = kl_divergence(logits(u_nD, w_ND, SCALE), unpacked).mean().item()
+    assert targets.lost_kl == pytest.approx(lost, rel=0.05, abs=1e-6)
+    assert (
+        -1e-9 < lost < 0.02 and whole.lost_kl == 0
+    )  # of one-hot answers it is 0, but for rounding
+    step = np.abs(exact(whole).astype(np.float32)).max(axis=1) / 127
+    error = np.abs(exact(targets).astype(np.float32) - exact(whole))
+    assert (error <= 0.51 * step[:, None] + 2e-3 * np.abs(exact(whole))).all()
+
+
+def test_what_int8_loses_is_told_of_the_valid_rows(case):
+    u_nD, w_ND = case
+    spoilt = u_nD.clone()
+    spoilt[7] = torch.nan
+    valid = np.arange(40) != 7
+    assert sent(spoilt, w_ND, "int8", valid).lost_kl == pytest.approx(
+        sent(u_nD[torch.from_numpy(valid)], w_ND, "int8").lost_kl, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("wire", ["fp16", "int8"])
+def test_numbers_that_are_none_are_found_in_valid_rows(case, wire):
+    u_nD, w_ND = case
+    for broken in (torch.nan, torch.inf):
+        spoilt = u_nD.clone()
+        spoilt[7, 3] = broken
+        assert not finite(sent(spoilt, w_ND, wire))
+        assert finite(sent(spoilt, w_ND, wire, np.arange(40) != 7))

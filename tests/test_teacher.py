@@ -14,8 +14,9 @@ from engine.data.decode import Decoder
 from engine.data.loader import Loader, Work
 from engine.data.order import Share
 from engine.data.views import TEST_VIEW, ViewPolicy
-from engine.labels.targets import BlockView, unpack
-from engine.labels.teacher import InlineSource, Labeller, Teacher, fingerprint
+from engine.labels.inline import InlineSource, OnDemandSource, SyntheticSource
+from engine.labels.targets import BlockView, exact, shifted, unpack
+from engine.labels.teacher import Labeller, Teacher, Team
 
 CPU = torch.device("cpu")
 POLICY = ViewPolicy(seed=3, pixels=16)
@@ -42,6 +43,20 @@ def teacher(request, clip):
     return Teacher(clip, encode_classes(clip, request.param, ("a {}.",)), "fp32", CPU, batch=3)
 
 
+@pytest.fixture
+def team(teacher):
+    return Team([teacher], "logits" if len(teacher.w_ND) < 8 else "features", [1.0], "mean")
+
+
+def labeller_of(team, corpus, threads=1, **changes):
+    decoders = {16: Decoder(POLICY, "cpu", threads)}
+    return Labeller(team, {"shards": corpus}, decoders, {"shards": "me"}, **changes)
+
+
+def logits_of(label, teacher):
+    return unpack(label.form, torch.from_numpy(exact(label)), teacher.w_ND, teacher.scale)
+
+
 def pixels(corpus, block, view):
     images_BCHW, _ = Decoder(POLICY, "cpu", 1).decode(corpus.read(block), view)
     return images_BCHW
@@ -57,22 +72,25 @@ def test_features_are_of_unit_length_and_know_no_batch(clip, teacher, corpus):
 
 
 @pytest.mark.parametrize("view", [7, TEST_VIEW])
-def test_labels_are_those_of_the_decoded_pixels(teacher, corpus, view):
-    labeller = Labeller(teacher, {"shards": corpus}, Decoder(POLICY, "cpu", 1), "me")
+def test_labels_are_those_of_the_decoded_pixels(team, teacher, corpus, view):
+    labeller = labeller_of(team, corpus)
     for block in range(len(corpus.blocks)):
         label = labeller.label(BlockView("shards", block, view))
-        answer = unpack(label.form, torch.from_numpy(label.values), teacher.w_ND, teacher.scale)
+        answer = logits_of(label, teacher)
         wanted = teacher.logits(pixels(corpus, block, view))
         got, sought = torch.softmax(answer, -1), torch.softmax(wanted, -1)
         torch.testing.assert_close(got, sought, rtol=0, atol=2e-3)
         assert label.fingerprint == "me"
         spoilt = 2 if block == 0 else 0
         assert label.valid.tolist() == [False] * spoilt + [True] * (len(label.valid) - spoilt)
+    told = labeller.statement()
+    assert told["labelled"] == corpus.samples
+    assert told["read_s"] > 0 and told["decode_s"] > 0 and told["forward_s"] > 0
 
 
-def test_a_label_is_a_pure_function(teacher, corpus):
+def test_a_label_is_a_pure_function(team, corpus):
     def labels():
-        labeller = Labeller(teacher, {"shards": corpus}, Decoder(POLICY, "cpu", 2), "me")
+        labeller = labeller_of(team, corpus, threads=2)
         return [labeller.label(BlockView("shards", block, 5)).values for block in (2, 0, 2)]
 
     first, again = labels(), labels()
@@ -80,13 +98,13 @@ def test_a_label_is_a_pure_function(teacher, corpus):
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_block_that_cannot_be_read_has_no_label(teacher, corpus_folder, index, tmp_path):
+def test_a_block_that_cannot_be_read_has_no_label(team, corpus_folder, index, tmp_path):
     """Until it can: an error, not a label that says that its images are not valid."""
     folder = tmp_path / "shards"
     shutil.copytree(corpus_folder, folder)
     spoil(min(folder.glob("*.tar")), 2)
     corpus = Corpus.open(str(index(folder)), 8)
-    labeller = Labeller(teacher, {"shards": corpus}, Decoder(POLICY, "cpu", 1), "me")
+    labeller = labeller_of(team, corpus)
     first = min(folder.glob("*.tar"))
     away = first.rename(first.with_suffix(".away"))
     with pytest.raises(OSError, match=rf"the teacher cannot read block 0, of .*{first.name}"):
@@ -96,17 +114,86 @@ def test_a_block_that_cannot_be_read_has_no_label(teacher, corpus_folder, index,
     assert labeller.label(BlockView("shards", 0, 1)).valid.any()
 
 
-def test_inline_source_is_the_teacher_on_the_batch(teacher, corpus):
+@pytest.fixture
+def batch(corpus):
     share = Share(np.array([0, 1, 0]), np.array([0, 1, 5]), np.array([True, True, False]))
     loader = Loader(corpus, Decoder(POLICY, "cpu", 1), [Work("shards", 0, 4, share)], 99, 1)
-    (batch,) = loader
+    (decoded,) = loader
     loader.close()
-    source = InlineSource(teacher)
+    return decoded
+
+
+def test_inline_source_is_the_teacher_on_the_batch(team, teacher, batch):
+    source = InlineSource(team)
     source.request([BlockView("shards", 0, 4)])
-    answer, valid = source.logits(batch)
+    answer = source.targets(batch)
     source.close()
-    assert torch.equal(answer, teacher.logits(batch.images_BCHW))
-    assert valid.tolist() == [False, True, False]  # damaged, fine, padding
+    told = unpack(answer.form, answer.values_BX, teacher.w_ND, teacher.scale)
+    wanted = teacher.logits(batch.images_BCHW)
+    torch.testing.assert_close(shifted(told), shifted(wanted), rtol=1e-5, atol=1e-4)
+    assert answer.valid_B.tolist() == [False, True, False]  # damaged, fine, padding
+    assert source.statement()["labelled"] == 1
+
+
+def test_inline_numbers_that_are_none_stop_the_run(team, teacher, batch):
+    source = InlineSource(team)
+    teacher._tower.proj.data[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match=r"^the teacher's numbers at step 1 are not finite"):
+        source.targets(batch)
+    teacher._tower.proj.data.nan_to_num_()
+    nothing = dataclasses.replace(batch, valid_B=np.zeros(3, bool))
+    teacher._tower.proj.data[0, 0] = torch.nan
+    assert not source.targets(nothing).valid_B.any()  # nobody learns from these
+    teacher._tower.proj.data.nan_to_num_()
+
+
+def test_on_demand_a_labeller_is_made_once_and_late(team, teacher, corpus, batch):
+    made = []
+
+    def make():
+        made.append(labeller_of(team, corpus))
+        return made[-1]
+
+    width = len(teacher.w_ND) if team.form == "logits" else teacher.w_ND.shape[1]
+    source = OnDemandSource(make, team.form, width, CPU)
+    assert not made and source.statement() == {}
+    for _ in range(2):
+        answer = source.targets(batch)
+    label = labeller_of(team, corpus).label(BlockView("shards", 1, 4))
+    assert len(made) == 1 and answer.valid_B.tolist() == [False, True, False]
+    assert np.array_equal(answer.values_BX[1], label.values[1])
+    assert source.statement()["labelled"] == len(label.valid)  # block 1 alone was needed, and once
+
+
+def test_synthetic_labels_are_unit_features_that_differ(batch):
+    answer = SyntheticSource(8, CPU).targets(batch)
+    assert answer.form == "features" and answer.valid_B is batch.valid_B
+    torch.testing.assert_close(answer.values_BX.norm(dim=-1), torch.ones(3))
+    assert not torch.equal(answer.values_BX[0], answer.values_BX[1])
+
+
+def test_a_team_fuses_its_teachers(clip, tmp_path, corpus):
+    """Of different sizes of image, and class vectors of different width."""
+    other = load_clip(clip_folder(tmp_path, seed=1, embed_dim=6, image_size=24), "", "teacher.")
+    teachers = [
+        Teacher(one, encode_classes(one, MANY, ("a {}.",)), "fp32", CPU, batch=8)
+        for one in (clip, other)
+    ]
+    team = Team(teachers, "logits", [1.0, 3.0], "mean")
+    assert team.pixels == {16, 24}
+    policies = {pixels: ViewPolicy(3, pixels) for pixels in team.pixels}
+    decoders = {pixels: Decoder(policy, "cpu", 1) for pixels, policy in policies.items()}
+    labeller = Labeller(team, {"shards": corpus}, decoders, {"shards": "both"})
+    label = labeller.label(BlockView("shards", 1, 2))
+    samples = corpus.read(1)
+    probabilities = [
+        teacher.logits(decoders[teacher.pixels].decode(samples, 2)[0]).softmax(-1)
+        for teacher in teachers
+    ]
+    wanted = (probabilities[0] + 3 * probabilities[1]) / 4
+    told = torch.from_numpy(label.values).float().softmax(-1)
+    torch.testing.assert_close(told, wanted, rtol=0, atol=2e-3)
+    assert label.form == "logits" and label.values.shape == (2, 12)
 
 
 def test_class_vectors_of_another_teacher_are_refused(clip, tmp_path):
@@ -114,22 +201,3 @@ def test_class_vectors_of_another_teacher_are_refused(clip, tmp_path):
     classes = encode_classes(other, FEW, ("a {}.",))
     with pytest.raises(UserError, match=r"^classes\.vectors: they were made by another teacher"):
         Teacher(clip, classes, "fp32", CPU, batch=3)
-
-
-def test_fingerprint_tells_labellings_apart(clip, corpus, corpus_folder):
-    classes = encode_classes(clip, FEW, ("a {}.",))
-    one = {"shards": corpus}
-    alike = fingerprint(classes, ViewPolicy(3, 16), "fp32", one)
-    assert alike == fingerprint(encode_classes(clip, FEW, ("a {}.",)), POLICY, "fp32", one)
-    others = {
-        fingerprint(encode_classes(clip, FEW, ("the {}.",)), POLICY, "fp32", one),
-        fingerprint(dataclasses.replace(classes, teacher="another"), POLICY, "fp32", one),
-        fingerprint(classes, ViewPolicy(4, 16), "fp32", one),
-        fingerprint(classes, ViewPolicy(3, 17), "fp32", one),
-        fingerprint(classes, ViewPolicy(3, 16, crop_scale=0.5), "fp32", one),
-        fingerprint(classes, POLICY, "bf16", one),
-        fingerprint(classes, POLICY, "fp32", {"shards": Corpus.open(str(corpus_folder), 8)}),
-        fingerprint(classes, POLICY, "fp32", {"shards": Corpus.open(str(corpus_folder), 4)}),
-        fingerprint(classes, POLICY, "fp32", one | {"evaluation": corpus}),
-    }
-    assert len(others | {alike}) == 10

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import workers
 from distributed import run_distributed
 from tiny import clip_folder
+from workers import assignment_of
 
 from engine.clip.bundle import Bundle
-from engine.clip.class_vectors import encode_classes
+from engine.clip.class_vectors import ClassVectors, encode_classes
 from engine.clip.towers import load_clip
 from engine.config import (
-    ClassesConfig,
-    CorpusConfig,
     RunConfig,
-    StudentConfig,
-    TargetsConfig,
-    TeacherConfig,
-    TrainConfig,
 )
 from engine.train import checkpoint
 from engine.train.worker import Task, work
@@ -31,29 +27,24 @@ NAMES = ("daisy", "oak tree", "tulip")
 
 def config_of(model: str, corpus: str, runs: str) -> RunConfig:
     """Resolved: 24 samples, 3 passes, 9 steps, a checkpoint after 4 and 8."""
-    return RunConfig(
-        name="run",
-        runs_dir=runs,
-        device="cpu",
-        corpus=CorpusConfig(
-            shards=corpus, evaluation=corpus, block_samples=4, window_blocks=2, lanes=2
-        ),
-        classes=ClassesConfig(names="unused"),
-        teacher=TeacherConfig(model=model, precision="fp32", gpus=0),
-        student=StudentConfig(model=model, precision="fp32", gpus=0, depth=2, workers=2),
-        targets=TargetsConfig(source="inline"),
-        train=TrainConfig(
-            passes=3,
-            batch=8,
-            lr=0.1,
-            lr_batch=0,
-            reduction="batchmean",
-            kd_weight=1.0,
-            checkpoint_steps=4,
-            log_steps=2,
-            judge_images=16,
-        ),
+    return workers.config_of(
+        runs,
+        "run",
+        {
+            "corpus.shards": corpus,
+            "corpus.evaluation": corpus,
+            "corpus.block_samples": 4,
+            "teacher.model": model,
+            "student.model": model,
+            "student.workers": 2,
+            "train.checkpoint_steps": 4,
+            "train.log_steps": 2,
+        },
     )
+
+
+def task_of(config: RunConfig, classes: ClassVectors, zero_shot: ClassVectors | None) -> Task:
+    return Task(config, assignment_of(config, classes), zero_shot, "inline")
 
 
 def run(rank: int, world: int, model: str, corpus: str, runs: str, isolate: bool = False) -> dict:
@@ -61,7 +52,7 @@ def run(rank: int, world: int, model: str, corpus: str, runs: str, isolate: bool
     data = dataclasses.replace(config.corpus, isolate=isolate)
     config = dataclasses.replace(config, corpus=data)
     classes = encode_classes(load_clip(model, "", "teacher."), NAMES, ("{}",))
-    return work(Task(config, classes, classes, ()), torch.device("cpu"))
+    return work(task_of(config, classes, classes), torch.device("cpu"))
 
 
 def run_with(rank: int, world: int, model: str, corpus: str, runs: str, changes: dict) -> dict:
@@ -70,7 +61,7 @@ def run_with(rank: int, world: int, model: str, corpus: str, runs: str, changes:
     train = dataclasses.replace(config.train, **changes)
     config = dataclasses.replace(config, train=train)
     classes = encode_classes(load_clip(model, "", "teacher."), NAMES, ("{}",))
-    return work(Task(config, classes, None, ()), torch.device("cpu"))
+    return work(task_of(config, classes, None), torch.device("cpu"))
 
 
 def records(runs: Path | str, kind: str) -> list[dict]:

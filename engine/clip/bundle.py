@@ -1,7 +1,7 @@
 """The deliverable: all that a frozen backbone needs to predict, in one safetensors file.
 
-Prompts, projector, class vectors and class names, and which backbone they belong to. It predicts
-without teacher and without text tower.
+Prompts, projector, weights of the tower that were trained, class vectors and class names, and which
+backbone they belong to. It predicts without teacher and without text tower.
 """
 
 import json
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, Clip, load_clip
+from engine.clip.trained import with_weights
 from engine.config import UserError
 from engine.tensor_files import write_tensors
 from kernels.reference import logits
@@ -29,7 +30,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """A trained student without its frozen tower. `learned` is PromptedTower's state dict.
+    """A trained student without what was frozen. `learned` is PromptedTower's state dict.
 
     Class vectors are rounded to fp16 here and now, so that a bundle answers the same whether it was
     saved and loaded or not.
@@ -54,6 +55,12 @@ class Bundle:
     def w_ND(self) -> Tensor:
         """Class vectors [N, D], fp32 unit rows."""
         return F.normalize(self.class_vectors.float(), dim=-1)
+
+    @property
+    def tower_weights(self) -> dict[str, Tensor]:
+        """Weights of the tower that were trained, as TrainedTower names them."""
+        own = (name for name in self.learned if name.startswith("tower."))
+        return {name.removeprefix("tower."): self.learned[name] for name in own}
 
     def renamed(self, names: Mapping[str, str]) -> "Bundle":
         """With other names for some classes, `names` being old to new; vectors stay. Raises
@@ -152,13 +159,15 @@ class Bundle:
         return clip
 
     def attached(self, clip: Clip, device: torch.device) -> "Predictor":
-        """The student on top of a backbone that is loaded already."""
-        depth, prompts, _ = self.learned["prompts"].shape
-        hidden, _ = self.learned["projector.first.weight"].shape
-        student = PromptedTower(
-            clip.image, prompts, depth, hidden, self.class_vectors.shape[1], seed=0
-        )
-        student.load_state_dict(dict(self.learned))
+        """The student on top of a backbone that is loaded already, and stays as it is."""
+        weights = self.tower_weights
+        tower = with_weights(clip, weights) if weights else clip.image
+        added = {k: v for k, v in self.learned.items() if not k.startswith("tower.")}
+        depth, prompts, _ = added["prompts"].shape if "prompts" in added else (0, 0, 0)
+        hidden, _ = added["projector.first.weight"].shape
+        outputs = self.class_vectors.shape[1]
+        student = PromptedTower(tower, prompts, depth, hidden, outputs, seed=0)
+        student.load_state_dict(added)
         return Predictor(student.to(device).eval(), self.w_ND.to(device), self.logit_scale)
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from engine.clip import promptkd_student
 from engine.clip.bundle import Bundle, Predictor
 from engine.clip.towers import LOCAL, Clip
+from engine.clip.trained import open_clip_weights
 from engine.config import UserError
 from engine.tensor_files import write_tensors
 from kernels.reference import logits
@@ -92,8 +93,9 @@ def export_onnx(bundle: Bundle, out: Path, model: str = "", weights: str = "") -
 def export_open_clip(bundle: Bundle, out: Path, model: str = "", weights: str = "") -> Difference:
     """Writes a folder that open_clip loads as `local-dir:OUT`, and gives how far it is off.
 
-    It holds the whole frozen CLIP in open_clip's format, `promptkd.safetensors` (the bundle), and
-    `promptkd_student.py`, which makes the student of the two; its docstring tells why it is needed.
+    It holds the whole CLIP in open_clip's format, with those weights of its image tower that were
+    trained, `promptkd.safetensors` (the bundle), and `promptkd_student.py`, which makes the student
+    of the two; its docstring tells why it is needed.
     Raises UserError if `out` exists, and RuntimeError where the student, loaded by open_clip from
     the folder, does not answer as the bundle does.
     """
@@ -105,10 +107,11 @@ def export_open_clip(bundle: Bundle, out: Path, model: str = "", weights: str = 
         config = _config(clip, partial)
         (partial / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         weights_file = partial / "open_clip_model.safetensors"
-        write_tensors(weights_file, clip.whole.state_dict(), {"format": "pt"})
+        whole = clip.whole.state_dict() | open_clip_weights(bundle.tower_weights)
+        write_tensors(weights_file, whole, {"format": "pt"})
         bundle.save(partial / "promptkd.safetensors")
         shutil.copy(promptkd_student.__file__, partial)
-        (partial / "README.md").write_text(_readme(config, len(bundle.class_names)))
+        (partial / "README.md").write_text(_readme(config, bundle))
         student, preprocess, classes = promptkd_student.load(partial)
 
         def answer(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,10 +204,13 @@ def _tokenizer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     return config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {})
 
 
-def _readme(config: dict[str, Any], classes: int) -> str:
+def _readme(config: dict[str, Any], bundle: Bundle) -> str:
     bpe = _tokenizer_kwargs(config).get("bpe_path")
     where = f', bpe_path="THIS_FOLDER/{bpe}"' if bpe else ""
-    return f"""# A student of {classes} classes, distilled with PromptKD
+    loads = "the frozen CLIP, as it was before distillation"
+    if bundle.tower_weights:
+        loads = "the CLIP, with the weights of its image tower as distillation left them"
+    return f"""# A student of {len(bundle.class_names)} classes, distilled with PromptKD
 
     python promptkd_student.py image.jpg
 
@@ -215,10 +221,10 @@ or
     features = model.encode_image(preprocess(image)[None], normalize=True)
     probabilities = classes.logits(features).softmax(-1)    # of classes.names
 
-`open_clip.create_model_and_transforms("local-dir:THIS_FOLDER")` loads the frozen CLIP, as it was
-before distillation. `promptkd_student.attach(model, "THIS_FOLDER")` makes the student of it, by
-forward hooks, since no architecture of open_clip or timm can hold it in its weights: the prompts
-are replaced before each of the first layers, and a projector with batch norm follows the tower.
+`open_clip.create_model_and_transforms("local-dir:THIS_FOLDER")` loads {loads}.
+`promptkd_student.attach(model, "THIS_FOLDER")` makes the student of it, by forward hooks, since no
+architecture of open_clip or timm can hold it in its weights: prompts, where there are any, are
+replaced before each of the first layers, and a projector with batch norm follows the tower.
 
 The text tower is the frozen CLIP's. The student does not use it: its class vectors are its
 teacher's, and stored. The tokenizer of that text tower:

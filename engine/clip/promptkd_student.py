@@ -1,7 +1,7 @@
 """A distilled student on a stock open_clip model; needs torch, safetensors and open_clip alone.
 
 This file lies in a folder that `promptkd export --format open_clip` wrote, beside open_clip's own
-config and weights of the frozen CLIP, and `promptkd.safetensors`, which holds all that was learned:
+config and weights of the CLIP, and `promptkd.safetensors`, which holds all that was learned:
 
     model, preprocess, classes = load("this/folder")
     u_BD = model.encode_image(preprocess(image)[None], normalize=True)
@@ -50,7 +50,7 @@ class Learned(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        self.register_buffer("prompts", tensors.pop("prompts"))
+        self.register_buffer("prompts", tensors.pop("prompts", torch.zeros(0, 0, 0)))
         hidden, inputs = tensors["projector.first.weight"].shape
         outputs = len(tensors["projector.second.weight"])
         layers = {
@@ -79,7 +79,7 @@ class Learned(nn.Module):
 
 
 def attach(model: Any, folder: str | Path) -> Classes:
-    """Makes a student of the frozen open_clip model of `folder`, and puts it in eval mode.
+    """Makes a student of the open_clip model of `folder`, and puts it in eval mode.
 
     From then on its encode_image() gives the student's features [B, D], unit ones with
     normalize=True. Its text tower is untouched, and of no use: the class vectors are the teacher's.
@@ -94,12 +94,15 @@ def attach(model: Any, folder: str | Path) -> Classes:
         raise ValueError("the model is a student already")
     with safe_open(Path(folder) / "promptkd.safetensors", "pt") as file:
         about = json.loads(file.metadata()["bundle"])
-        tensors = {key.removeprefix("learned."): file.get_tensor(key) for key in file.keys()}
+        # Weights of the tower, where it was trained, are the model's already.
+        keys = [key for key in file.keys() if not key.startswith("learned.tower.")]
+        tensors = {key.removeprefix("learned."): file.get_tensor(key) for key in keys}
     vectors_ND = F.normalize(tensors.pop("class_vectors").float(), dim=-1)
 
     learned = Learned(tensors).to(visual.class_embedding.device)
     visual.promptkd = learned  # a part of the model: it moves where the model moves
-    visual.ln_pre.register_forward_pre_hook(lambda _, args: learned.appended(args[0]))
+    if len(learned.prompts):
+        visual.ln_pre.register_forward_pre_hook(lambda _, args: learned.appended(args[0]))
     for layer in range(1, len(learned.prompts)):
         visual.transformer.resblocks[layer].register_forward_pre_hook(
             lambda _, args, layer=layer: (learned.replaced(args[0], layer), *args[1:])

@@ -1,4 +1,4 @@
-"""What the student learns: deep visual prompts and the projector, around a frozen tower.
+"""What the student learns: deep visual prompts and the projector, around a tower.
 
 Letters: B images, K prompted layers, P prompts, C tower width, D class vector width.
 """
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.clip.towers import ImageTower
+from engine.clip.trained import TrainedTower
 
 __all__ = ["GlobalBatchNorm", "Projector", "PromptedTower"]
 
@@ -86,36 +87,53 @@ class Projector(nn.Module):
 
 
 class PromptedTower(nn.Module):
-    """The student: a frozen image tower with trained prompts in its first layers, and a projector.
+    """The student: an image tower with trained prompts in its first layers, and a projector.
 
     Prompts [K, P, C] start as N(0, 0.02); prompts and projector are fp32, whatever the tower is.
-    The tower is not among the module's parameters: nobody broadcasts, partitions or stores it.
+    A frozen tower is not among the module's parameters: nobody broadcasts, partitions or stores it.
+    A TrainedTower is, as `tower`; its state dict holds the weights alone that take gradients.
     """
+
+    tower: ImageTower
+    prompts: nn.Parameter | None
 
     def __init__(
         self, tower: ImageTower, prompts: int, depth: int, hidden: int, outputs: int, seed: int
     ) -> None:
+        """Without `prompts` there is no such parameter, and `depth` says nothing."""
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projector = Projector(tower.embed_dim, hidden, outputs)
-        self.prompts = nn.Parameter(
-            0.02 * torch.randn(depth, prompts, tower.width, generator=generator)
-        )
-        self._tower = (tower,)  # a tuple hides it from torch.nn
-
-    @property
-    def tower(self) -> ImageTower:
-        return self._tower[0]
+        start = 0.02 * torch.randn(depth, prompts, tower.width, generator=generator)
+        self.register_parameter("prompts", nn.Parameter(start) if prompts else None)
+        if isinstance(tower, TrainedTower):
+            self.tower = tower
+        else:
+            self.__dict__["tower"] = tower  # which hides it from torch.nn
+        self._frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_do_without_frozen)
 
     def forward(self, images_BCHW: Tensor, valid_B: Tensor | None = None) -> Tensor:
         """Unit features [B, D] fp32 of uint8 images."""
-        prompts = self.prompts.view_as(self.prompts)
+        prompts = None if self.prompts is None else self.prompts.view_as(self.prompts)
         features = self.tower(images_BCHW, prompts).float()
-        if self.tower.dtype == torch.float16 and prompts.requires_grad:
+        if self.tower.dtype == torch.float16 and prompts is not None and prompts.requires_grad:
             _scale_between(features, prompts)
         return F.normalize(self.projector(features, valid_B), dim=-1)
+
+
+def _leave_out_frozen(
+    student: PromptedTower, state: dict[str, Tensor], prefix: str, about: Any
+) -> None:
+    for name in student._frozen:
+        del state[prefix + name]
+
+
+def _do_without_frozen(student: PromptedTower, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in student._frozen]
 
 
 def _scale_between(features: Tensor, prompts: Tensor) -> None:

@@ -21,7 +21,15 @@ from engine.clip.weights import LOCAL, check_weights, local_config
 from engine.config import Precision, UserError
 from engine.progress import say
 
-__all__ = ["DTYPES", "Clip", "ImageTower", "half_precision", "load_clip", "trained_precision"]
+__all__ = [
+    "DTYPES",
+    "Clip",
+    "ImageTower",
+    "folded",
+    "half_precision",
+    "load_clip",
+    "trained_precision",
+]
 
 P = TypeVar("P", bound=str)
 Tokenizer = Callable[..., Tensor]  # sentences -> token ids [N, L]
@@ -41,7 +49,8 @@ class ImageTower(nn.Module):
         self.width = int(visual.transformer.width)
         self.layers = len(visual.transformer.resblocks)
         self.embed_dim = int(visual.output_dim)
-        self.patch = _folded(visual.conv1, torch.tensor(mean), torch.tensor(std))
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.patch = folded(visual.conv1.weight, mean, std)
         self.class_embedding = visual.class_embedding
         self.positional_embedding = visual.positional_embedding
         self.ln_pre = visual.ln_pre
@@ -76,11 +85,13 @@ class ImageTower(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-def _folded(conv1: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
-    weight = conv1.weight.detach().double()
-    scaled = weight / (255 * std.double()).view(1, 3, 1, 1)
-    shift = -(weight * (mean.double() / std.double()).view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
-    side = conv1.weight.shape[-1]
+def folded(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> nn.Conv2d:
+    """The patch embedding of raw pixels, fp32, from the weight of that of normalised ones."""
+    exact = weight.detach().double()
+    mean_3, std_3 = (exact.new_tensor(values) for values in (mean, std))
+    scaled = exact / (255 * std_3).view(1, 3, 1, 1)
+    shift = -(exact * (mean_3 / std_3).view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
+    side = weight.shape[-1]
     patch = nn.Conv2d(3, len(weight), side, stride=side)
     patch.weight = nn.Parameter(scaled.float())
     patch.bias = nn.Parameter(shift.float())

@@ -40,7 +40,7 @@ from engine.data.turbojpeg import JpegError, decompress
 from engine.data.views import ViewPolicy
 from engine.progress import say
 
-__all__ = ["Decoder", "refusal"]
+__all__ = ["Decoder", "jpeg_decoder", "refusal"]
 
 # The dynamic executor, in step: after an error the others are dead, or blame the next batch.
 _EXECUTOR = {
@@ -262,6 +262,13 @@ class Decoder:
 
         good = self._pool.map(resized, range(len(batch)))
         return [wanted.row for wanted, well in zip(batch, good, strict=True) if not well]
+
+
+def jpeg_decoder(device: str) -> str:
+    """What decodes JPEGs there, on this machine."""
+    if device != "cpu":
+        return "dali on a gpu"
+    return "turbojpeg" if _turbo() else "dali"
 
 
 @cache

@@ -29,6 +29,7 @@ AHEAD = 2  # batches held ready, unless told otherwise
 # Reasons that the index did not know of; `teacher`: it has no label.
 FAILURES = frozenset({"unreadable", "changed", "undecodable", "crashed", "timed_out", "teacher"})
 _READERS = 4
+_CPU = torch.device("cpu")
 _LIVE = 2  # announcements whose windows a step may be in: the window that ends in it, and the next
 
 
@@ -60,10 +61,37 @@ class Batch:
     valid_B: np.ndarray  # bool
     reasons: tuple[str | None, ...]  # why a sample is not valid; None for padding too
     labels_B: np.ndarray  # int64; -1 where the sample has none
+    ready: torch.cuda.Event | None = None  # after which images on a GPU are there
 
-    def to(self, device: torch.device) -> "Batch":
-        """With its images on a device."""
-        return dataclasses.replace(self, images_BCHW=self.images_BCHW.to(device))
+    def on(self, device: torch.device) -> "Batch":
+        """With its images on a device; a GPU's current stream copies them while the CPU goes on."""
+        if device.type != "cuda":
+            return self
+        images = self.images_BCHW
+        if not images.is_cuda:
+            images = images.pin_memory().to(device, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return dataclasses.replace(self, images_BCHW=images, ready=ready)
+
+    def here(self) -> Tensor:
+        """Its images, for a GPU's current stream to use, which waits until they are there."""
+        if self.ready:
+            torch.cuda.current_stream().wait_event(self.ready)
+            self.images_BCHW.record_stream(torch.cuda.current_stream())
+        return self.images_BCHW
+
+    def rows(self, which_B: np.ndarray) -> "Batch":
+        """Those of its samples for which `which_B`, bool, is True."""
+        places = np.flatnonzero(which_B)
+        share = Share(*(column[places] for column in self.work.share))
+        return Batch(
+            self.work._replace(share=share),
+            self.here()[torch.from_numpy(places).to(self.images_BCHW.device)],
+            self.valid_B[places],
+            tuple(self.reasons[place] for place in places),
+            self.labels_B[places],
+        )
 
 
 class Loader:
@@ -71,7 +99,7 @@ class Loader:
 
     `most_bytes` bounds the encoded images held in memory, but for those of the batch in the making:
     a block that finds no room is read when it is needed, and one that is dropped to make room is
-    read again. `waited_s` is the time its consumer has spent waiting for it.
+    read again. Images come on `device`. `waited_s` is the time its consumer has waited for it.
     """
 
     def __init__(
@@ -81,7 +109,9 @@ class Loader:
         works: Iterable[Work],
         most_bytes: int,
         ahead: int = AHEAD,
+        device: torch.device = _CPU,
     ) -> None:
+        self._device = device
         self._read, self._decode, self._wait = Stopwatch(), Stopwatch(), Stopwatch()
         self._decoder, self._works = decoder, works
         self._stop = threading.Event()
@@ -120,10 +150,13 @@ class Loader:
         self._shelf.close()
 
     def _run(self) -> None:
+        # A stream of its own: on the usual one, copies would wait for what the GPU has to do.
+        on_gpu = self._device.type == "cuda"
         try:
-            for work in self._works:
-                if not self._offer(self._batch(work)):
-                    return
+            with torch.cuda.stream(torch.cuda.Stream(self._device) if on_gpu else None):
+                for work in self._works:
+                    if not self._offer(self._batch(work).on(self._device)):
+                        return
             self._offer(None)
         except BaseException as error:  # handed to the consumer, whose thread must see it
             self._offer(error)

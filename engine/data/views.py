@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = [
+    "RULES",
     "TEST_VIEW",
     "ViewPolicy",
     "Windows",
@@ -21,6 +22,9 @@ __all__ = [
     "train_windows",
 ]
 
+# To be raised where a change of this file, of cropping or of decoding changes pixels: recorded
+# labels belong to the pixels that they were made of.
+RULES = 1
 TEST_VIEW = -1  # the view number of the deterministic test view
 _TRIES = 10
 _LARGE, _GRID = 448, 8  # pixels: of twice CLIP's usual view; what a JPEG decoder shrinks by at most

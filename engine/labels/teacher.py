@@ -1,7 +1,7 @@
-"""The frozen teacher: pixels to features and logits, blocks to soft targets. Plain torch."""
+"""The frozen teachers: pixels to soft targets, blocks to what is sent of them. Plain torch."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,28 +9,102 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.clip.class_vectors import ClassVectors
-from engine.clip.towers import DTYPES, Clip
-from engine.config import UserError
+from engine.clip.towers import DTYPES, Clip, load_clip
+from engine.clip.weights import vision_shape
+from engine.config import RunConfig, TeacherConfig, UserError
 from engine.data.corpus import Corpus, Sample
+from engine.data.decode import jpeg_decoder
 from engine.data.isolate import AnyDecoder
-from engine.data.loader import Batch
-from engine.data.views import ViewPolicy
-from engine.labels.targets import BlockView, SoftTargets, pack
+from engine.data.views import RULES, ViewPolicy
+from engine.labels.fusion import fused
+from engine.labels.labelling import Labelling
+from engine.labels.store import Recorded
+from engine.labels.targets import (
+    BlockView,
+    Form,
+    SoftTargets,
+    Wire,
+    fewer_bytes,
+    finite,
+    pack,
+    shifted,
+)
+from engine.telemetry import Stopwatch
 from kernels.reference import logits
 
-__all__ = ["InlineSource", "Labeller", "Teacher", "fingerprint"]
+__all__ = ["Labeller", "Labels", "Teacher", "TeacherSpec", "Team", "labellings", "policies"]
 
 
-def fingerprint(
-    classes: ClassVectors, policy: ViewPolicy, precision: str, corpora: Mapping[str, Corpus]
-) -> str:
-    """Of everything but block and view that a label depends on, as 16 hex digits."""
-    images = [
-        (name, corpus.fingerprint, corpus.blocks.block_samples)
-        for name, corpus in sorted(corpora.items())
-    ]
-    identity = f"{classes.teacher} {classes.fingerprint} {policy} {precision} {images}"
-    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+class TeacherSpec(NamedTuple):
+    """One teacher of a run: how to load it (resolved), and its own class vectors."""
+
+    config: TeacherConfig
+    classes: ClassVectors
+
+
+class Labels(NamedTuple):
+    """How a run's labels are made: by whom, in which form, and of which views."""
+
+    teachers: tuple[TeacherSpec, ...]  # the first one's class vectors are the student's
+    fusion: str
+    form: Form
+    wire: Wire
+    seed: int
+    crop_scale: float
+
+    @property
+    def width(self) -> int:
+        """Columns of what is sent."""
+        classes, width = self.teachers[0].classes.vectors.shape
+        return width if self.form == "features" else classes
+
+    @classmethod
+    def of(cls, config: RunConfig, teachers: Sequence[TeacherSpec], features: bool) -> "Labels":
+        """`features`: whether a student learns from them, whatever their size."""
+        w_ND = torch.from_numpy(teachers[0].classes.vectors)
+        form: Form = (
+            "logits" if len(teachers) > 1 else "features" if features else fewer_bytes(w_ND)
+        )
+        targets = config.targets
+        return cls(
+            tuple(teachers),
+            targets.fusion,
+            form,
+            targets.precision,
+            config.view_seed,
+            float(config.train.crop_scale),
+        )
+
+
+def policies(labels: Labels) -> dict[int, ViewPolicy]:
+    """The views that the teachers see, by the size of image that they take."""
+    sizes = {vision_shape(told.config.model).pixels for told in labels.teachers}
+    return {pixels: ViewPolicy(labels.seed, pixels, labels.crop_scale) for pixels in sorted(sizes)}
+
+
+def labellings(labels: Labels, corpora: Mapping[str, Corpus], device: str) -> dict[str, Labelling]:
+    """Of each corpus, what its labels depend on, where images are decoded on a `device`."""
+    specs = labels.teachers
+    return {
+        name: Labelling(
+            teachers=tuple(told.classes.teacher for told in specs),
+            precisions=tuple(told.config.precision for told in specs),
+            class_vectors=tuple(told.classes.fingerprint for told in specs),
+            weights=tuple(told.config.weight for told in specs) if len(specs) > 1 else (1.0,),
+            fusion=labels.fusion if len(specs) > 1 else "none",
+            form=labels.form,
+            wire=labels.wire,
+            pixels=tuple(vision_shape(told.config.model).pixels for told in specs),
+            seed=labels.seed,
+            crop_scale=labels.crop_scale,
+            rules=RULES,
+            decoder=jpeg_decoder(device),
+            corpus=corpus.fingerprint,
+            block_samples=corpus.blocks.block_samples,
+            class_names=specs[0].classes.names,
+        )
+        for name, corpus in corpora.items()
+    }
 
 
 class Teacher:
@@ -45,11 +119,17 @@ class Teacher:
                 "classes.vectors: they were made by another teacher than teacher.model "
                 f"({classes.teacher[:16]}, this one is {clip.fingerprint[:16]})"
             )
-        self.scale = clip.logit_scale
+        self.scale, self.pixels = clip.logit_scale, clip.image.pixels
         self.w_ND = torch.from_numpy(classes.vectors).to(device)
         self._tower = clip.image.to(device, DTYPES[precision])
         self._prompts = None if clip.prompts is None else clip.prompts.vision_KPC.to(device)
         self._device, self._batch = device, batch
+
+    @classmethod
+    def load(cls, told: TeacherSpec, device: torch.device) -> "Teacher":
+        config = told.config
+        clip = load_clip(config.model, config.weights, "teacher.", config.prompts)
+        return cls(clip, told.classes, config.precision, device, config.batch)
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
@@ -60,50 +140,146 @@ class Teacher:
         ]
         return F.normalize(torch.cat(parts), dim=-1)
 
+    @torch.inference_mode()
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """Logits [B, N] fp32."""
         return logits(self.features(images_BCHW), self.w_ND, self.scale)
 
 
-class Labeller:
-    """Soft targets of blocks: reads, decodes and labels; a pure function of its argument. Raises
-    OSError for a block of which nothing can be read: that may pass, and is no label."""
+class Team:
+    """One teacher, or several that give one soft target between them."""
 
     def __init__(
-        self, teacher: Teacher, corpora: Mapping[str, Corpus], decoder: AnyDecoder, fingerprint: str
+        self, teachers: Sequence[Teacher], form: Form, weights: Sequence[float], fusion: str
     ) -> None:
-        self._teacher, self._corpora = teacher, corpora
-        self._decoder, self._fingerprint = decoder, fingerprint
+        assert len(teachers) == 1 or form == "logits"
+        self.form = form
+        self.w_ND, self.scale = teachers[0].w_ND, teachers[0].scale
+        self.pixels = {teacher.pixels for teacher in teachers}
+        self._teachers, self._weights, self._fusion = teachers, weights, fusion
+
+    @classmethod
+    def load(cls, labels: Labels, device: torch.device) -> "Team":
+        teachers = [Teacher.load(told, device) for told in labels.teachers]
+        weights = [told.config.weight for told in labels.teachers]
+        return cls(teachers, labels.form, weights, labels.fusion)
+
+    @torch.inference_mode()
+    def values(self, images: Mapping[int, Tensor]) -> Tensor:
+        """What soft targets hold, [B, X] fp32, of uint8 images by their size in pixels."""
+        first = self._teachers[0]
+        if self.form == "features":
+            return first.features(images[first.pixels])
+        answers = [teacher.logits(images[teacher.pixels]) for teacher in self._teachers]
+        if len(answers) == 1:
+            return shifted(answers[0])
+        return shifted(fused(answers, self._weights, self._fusion))
+
+
+class Decoded(NamedTuple):
+    """A block's images by their size in pixels, and which of them there are."""
+
+    images: dict[int, Tensor]
+    valid_n: np.ndarray
+    lasts: bool  # another time, no more of them would be there
+    ready: torch.cuda.Event | None = None  # after which images on a GPU are there
+
+
+class Labeller:
+    """Soft targets of blocks: reads, decodes and labels; a pure function of its argument.
+
+    Its steps may be called from a thread each, to overlap. Labels are written to `recorded`, the
+    corpora's part of a store, where there is one.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        corpora: Mapping[str, Corpus],
+        decoders: Mapping[int, AnyDecoder],
+        fingerprints: Mapping[str, str],
+        wire: Wire = "fp16",
+        recorded: Mapping[str, Recorded] | None = None,
+    ) -> None:
+        assert team.pixels <= decoders.keys()
+        self._team, self._corpora, self._decoders = team, corpora, decoders
+        self._fingerprints, self._wire = fingerprints, wire
+        self._recorded = recorded or {}
+        self._clocks = {step: Stopwatch() for step in ("read", "decode", "forward", "write")}
+        self._images = 0
+        device = team.w_ND.device
+        # A stream of its own: on the usual one, decoding would wait for the forwards before it.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def label(self, wanted: BlockView) -> SoftTargets:
+        """Raises OSError for a block of which nothing can be read: that may pass, and is no
+        label."""
+        if found := self.stored(wanted):
+            return found
+        decoded = self.decode(wanted, self.read(wanted))
+        targets = self.forward(wanted, decoded)
+        self.write(wanted, decoded, targets)
+        return targets
+
+    def stored(self, wanted: BlockView) -> SoftTargets | None:
+        """What another has recorded of it meanwhile."""
+        if wanted.corpus not in self._recorded:
+            return None
+        length = self._corpora[wanted.corpus].blocks.at(wanted.block).length
+        return self._recorded[wanted.corpus].get(wanted, length)
+
+    def read(self, wanted: BlockView) -> list[Sample]:
         corpus = self._corpora[wanted.corpus]
-        samples = corpus.read(wanted.block)
-        if _unreadable(samples):
+        with self._clocks["read"].lap():
+            samples = corpus.read(wanted.block)
+        reasons = {sample.reason for sample in samples}
+        if "unreadable" in reasons and None not in reasons:
             shard = corpus.shards[corpus.blocks.at(wanted.block).shard]
             raise OSError(f"the teacher cannot read block {wanted.block}, of {shard}")
-        images, reasons = self._decoder.decode(samples, wanted.view)
-        u_nD = self._teacher.features(images)
-        valid_n = np.array([reason is None for reason in reasons])
-        return pack(u_nD, valid_n, self._teacher.w_ND, self._teacher.scale, self._fingerprint)
+        return samples
 
+    def decode(self, wanted: BlockView, samples: Sequence[Sample]) -> Decoded:
+        images, valid_n = {}, np.ones(len(samples), bool)
+        lasts = all(sample.reason != "unreadable" for sample in samples)
+        ready = torch.cuda.Event() if self._stream else None
+        with self._clocks["decode"].lap(), torch.cuda.stream(self._stream):
+            for pixels, decoder in self._decoders.items():
+                images[pixels], reasons = decoder.decode(samples, wanted.view)
+                valid_n &= np.array([reason is None for reason in reasons])
+            if ready:
+                ready.record()
+        return Decoded(images, valid_n, lasts, ready)
 
-def _unreadable(samples: Sequence[Sample]) -> bool:
-    reasons = {sample.reason for sample in samples}
-    return "unreadable" in reasons and None not in reasons
+    def forward(self, wanted: BlockView, decoded: Decoded) -> SoftTargets:
+        team = self._team
+        with self._clocks["forward"].lap():
+            told = self._fingerprints[wanted.corpus]
+            if decoded.ready:
+                torch.cuda.current_stream().wait_event(decoded.ready)
+                for images_BCHW in decoded.images.values():
+                    if images_BCHW.is_cuda:
+                        images_BCHW.record_stream(torch.cuda.current_stream())
+            values_nX = team.values(decoded.images)
+            targets = pack(
+                team.form, values_nX, decoded.valid_n, told, self._wire, team.w_ND, team.scale
+            )
+        self._images += len(decoded.valid_n)
+        return targets
 
+    def write(self, wanted: BlockView, decoded: Decoded, targets: SoftTargets) -> None:
+        """Records labels that would be the same another time."""
+        if wanted.corpus in self._recorded and decoded.lasts and finite(targets):
+            with self._clocks["write"].lap(targets.bytes):
+                self._recorded[wanted.corpus].put(wanted, targets)
 
-class InlineSource:
-    """The target source that asks a teacher in its own process, on pixels decoded once."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-        self.waited_s = 0.0
-
-    def request(self, wanted: Sequence[BlockView]) -> None:
-        pass
-
-    def logits(self, batch: Batch) -> tuple[Tensor, np.ndarray]:
-        return self._teacher.logits(batch.images_BCHW), batch.valid_B
+    def statement(self) -> dict[str, float]:
+        """Images labelled, seconds of each step, and blocks that a full store did not take."""
+        busy = {f"{step}_s": clock.total_s for step, clock in self._clocks.items()}
+        lost = sum(recorded.unrecorded for recorded in self._recorded.values())
+        return {"labelled": self._images, **busy, "unrecorded": lost}
 
     def close(self) -> None:
-        pass
+        for corpus in self._corpora.values():
+            corpus.close()
+        for decoder in self._decoders.values():
+            decoder.close()

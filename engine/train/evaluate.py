@@ -21,7 +21,7 @@ from engine.data.isolate import decoder_of
 from engine.data.loader import AHEAD, Loader, Work
 from engine.data.order import Share
 from engine.data.views import TEST_VIEW, ViewPolicy
-from engine.labels.targets import BlockView, TargetSource
+from engine.labels.targets import BlockView, Targets, TargetSource
 from engine.train.ledger import Ledger
 from kernels.reference import logits
 
@@ -67,10 +67,12 @@ def evaluate(
     batch: int,
     device: torch.device,
     data: CorpusConfig = _AS_USUAL,
+    told: Callable[[Targets], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Ledger]:
     """tally() of every model, and of the teacher behind `source` if there is one (`teacher`), over
-    the test view of some blocks of a corpus; and what became of the samples. Decodes with `threads`
-    CPU threads, as `data` says."""
+    the test view of some blocks of a corpus; and what became of the samples. `told` makes logits
+    [B, N] of the source's soft targets. Decodes with `threads` CPU threads, as `data` says."""
+    assert (source is None) == (told is None)
     names = [*models, "teacher"] if source else [*models]
     tallies = {name: torch.zeros(7, dtype=torch.int64) for name in names}
     ledger = Ledger()
@@ -80,18 +82,19 @@ def evaluate(
     )
     # Its own: another one may be at work.
     decoder = decoder_of(policy, str(device), threads, data)
-    loader = Loader(corpus, decoder, works, _HELD_BYTES)
+    loader = Loader(corpus, decoder, works, _HELD_BYTES, device=device)
     try:
         with torch.inference_mode():
-            for decoded in loader:
-                item = decoded.to(device)
-                if source:
+            for item in loader:
+                valid_B, teacher_BN = item.valid_B, None
+                if source and told:
                     source.request([BlockView("evaluation", b, v) for v, b in item.work.soon])
-                teacher_BN, valid_B = source.logits(item) if source else (None, item.valid_B)
+                    targets = source.targets(item)
+                    valid_B, teacher_BN = targets.valid_B, told(targets)
                 ledger.add(item, valid_B)
                 rows = torch.from_numpy(np.flatnonzero(valid_B)).to(device)
                 labels = torch.from_numpy(item.labels_B).to(device)[rows]
-                images = item.images_BCHW[rows]
+                images = item.here()[rows]
                 answers = {name: model(images) for name, model in models.items()}
                 if teacher_BN is not None:
                     teacher_BN = answers["teacher"] = teacher_BN[rows]

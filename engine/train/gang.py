@@ -5,6 +5,8 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from engine.progress import hand_over
+from engine.telemetry import Recorder
 from engine.train.worker import Task, work
 
 __all__ = ["run_gang"]
@@ -38,4 +40,7 @@ def run_gang(task: Task) -> dict[str, Any]:
 
 
 def _work(told: dict[str, Task]) -> dict[str, Any]:
-    return work(told["task"], get_device())
+    task = told["task"]
+    recorder = Recorder(task.config.folder)
+    hand_over(lambda text: recorder.record("notice", text=text))
+    return work(task, get_device())

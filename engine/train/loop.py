@@ -85,33 +85,27 @@ def train(
     recorder = Recorder(folder) if rank == 0 else None
     gpu = GpuSampler(device.index or 0) if rank == 0 and device.type == "cuda" else None
     works = training_works(order, config.passes, config.views or config.passes, rank, world, first)
-    loader = Loader(corpus, decoder, works, int(data.memory_gb * 2**30))
+    loader = Loader(corpus, decoder, works, int(data.memory_gb * 2**30), device=device)
     # A collapse is not to cost more than a pass, where a pass is short.
     period = min(config.checkpoint_steps, max(order.steps, _SHORTEST_PERIOD))
     health = start.health if start else Health()
     before = start.ledger if start else Ledger()
     watch = Watch(data.max_skipped, order.samples, order.blocks.largest, before)
-    counts = torch.zeros(4, device=device)
+    counts = torch.zeros(5, device=device)
     recorded = first
     started = logged = time.perf_counter()
     try:
-        for decoded in loader:
-            batch = decoded.to(device)
+        for batch in loader:
             source.request([BlockView("shards", block, view) for view, block in batch.work.soon])
-            teacher_logits_BN, trained_B = source.logits(batch)
-            counts += trainer.step(
-                batch.work.step,
-                batch.images_BCHW,
-                teacher_logits_BN,
-                torch.from_numpy(trained_B).to(device),
-            )
-            ledger.add(batch, trained_B)
+            targets = source.targets(batch)
+            counts += trainer.step(batch.work.step, batch.here(), targets)
+            ledger.add(batch, targets.valid_B)
             done = batch.work.step + 1
             saves = done % period == 0 or done == total_steps
             if done % config.log_steps == 0 or saves:  # what is saved has been looked at
                 seen = torch.tensor([ledger.failed, ledger.visited], device=device)
                 totals = _sum(torch.cat([counts.double(), seen.double()]))
-                images, kl, agreeing, not_finite, failed, visited = totals.tolist()
+                images, kl, agreeing, loss, not_finite, failed, visited = totals.tolist()
                 now = time.perf_counter()
                 if recorder:
                     recorder.record(
@@ -119,13 +113,15 @@ def train(
                         step=done,
                         steps=total_steps,
                         pass_=batch.work.step // order.steps,
-                        loss=trainer.weight * kl / max(images, 1),
+                        loss=loss / max(images, 1),
+                        kl=kl / max(images, 1),
                         agreement=agreeing / max(images, 1),
                         not_finite=not_finite,
                         lr=trainer.learning_rate(batch.work.step),
                         images_per_second=images / (now - logged),
                         waited_labels_s=source.waited_s,
                         waited_data_s=loader.waited_s,
+                        labels=source.statement(),
                         **(gpu.means() if gpu else {}),
                     )
                 health.observe(

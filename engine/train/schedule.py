@@ -4,7 +4,14 @@ import math
 
 from engine.config import TrainConfig
 
-__all__ = ["effective_weight", "epoch_rate", "gaussian_weights", "learning_rate", "peak_rate"]
+__all__ = [
+    "effective_weight",
+    "epoch_rate",
+    "gaussian_weights",
+    "learning_rate",
+    "loss_terms",
+    "peak_rate",
+]
 
 _WARM_EPOCH_RATE = 1e-5
 
@@ -45,3 +52,14 @@ def gaussian_weights(epochs: int, mean: float, std: float) -> list[float]:
 def effective_weight(config: TrainConfig, classes: int) -> float:
     """Weight of the KL averaged over images: the reductions differ by a factor of N."""
     return config.kd_weight / (classes if config.reduction == "paper" else 1)
+
+
+def loss_terms(config: TrainConfig, classes: int) -> str:
+    """The terms of the loss with their effective weights, of means over images, to be told."""
+    weights = {
+        "the KL": effective_weight(config, classes),
+        "the cosine distance of logits": config.cosine_weight,
+        f"the {config.feature.upper()} distance of features": config.feature_weight,
+    }
+    told = [f"of {term} {weight:g}" for term, weight in weights.items() if weight]
+    return "effective weight " + ", ".join(told)

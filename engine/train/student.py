@@ -1,4 +1,4 @@
-"""One worker's part of a step: pixels and teacher logits to loss, gradients and an update, by ZeRO.
+"""One worker's part of a step: pixels and soft targets to loss, gradients and an update, by ZeRO.
 
 Letters: B images of this worker, N classes, D class vector width.
 """
@@ -13,13 +13,16 @@ from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.clip.prompts import PromptedTower
 from engine.config import TrainConfig
+from engine.labels.targets import Targets, on_device, unpack
 from engine.train.schedule import effective_weight, learning_rate
-from kernels.reference import kl_divergence, logits
+from kernels.reference import cosine_distance, feature_distance, kl_divergence, logits
 
 __all__ = ["StudentTrainer"]
 
@@ -28,7 +31,8 @@ class StudentTrainer:
     """Trains a PromptedTower under DeepSpeed, on the process group that is already there.
 
     The loss is weight * tau^2 * KL(softmax(z_t / tau) || softmax(z_s / tau)), averaged over the
-    valid images of all workers (PromptKD, equation 4; Hinton et al. 2015 for tau^2).
+    valid images of all workers (PromptKD, equation 4; Hinton et al. 2015 for tau^2); and so are
+    cosine_weight * cosine_distance(z_t, z_s) and feature_weight * feature_distance(u_t, u_s).
     """
 
     def __init__(
@@ -36,27 +40,38 @@ class StudentTrainer:
         student: PromptedTower,
         w_ND: Tensor,
         scale: float,
+        teacher_scale: float,
         config: TrainConfig,
         zero_stage: int,
         total_steps: int,
         rollbacks: int = 0,
+        offload: bool = False,
     ) -> None:
-        """`rollbacks`: how often this run has gone back; each has halved its learning rate."""
+        """`rollbacks`: how often this run has gone back; each has halved its learning rate.
+        `offload`: the optimizer's state, and its step, are on the CPU; not at stage 0."""
         assert dist.is_initialized()
         self._w_ND, self._scale, self._config = w_ND, scale, config
+        self._teacher_scale = teacher_scale
         self._total_steps, self._rate = total_steps, 0.5**rollbacks
-        self.weight = effective_weight(config, len(w_ND)) * config.temperature**2
+        self._kl_weight = effective_weight(config, len(w_ND)) * config.temperature**2
         self._finite = torch.ones((), dtype=torch.bool, device=w_ND.device)
-        for param in student.parameters():
+        params = [p for p in student.parameters() if p.requires_grad]
+        for param in params:
             param.register_hook(self._keep_finite)
         _no_cpp_ops()
+        # Its forward reads a weight of a part that it does not call; so all are gathered for it.
+        set_z3_leaf_modules(student, [torch.nn.MultiheadAttention], raise_if_not_found=False)
         self.engine, *_ = deepspeed.initialize(
             model=student,
-            optimizer=_optimizer(student, config),
+            optimizer=_optimizer(params, config),
             config={
                 "train_micro_batch_size_per_gpu": config.batch // dist.get_world_size(),
                 "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": zero_stage},
+                "zero_optimization": {
+                    "stage": zero_stage,
+                    **({"offload_optimizer": {"device": "cpu"}} if offload else {}),
+                },
+                "zero_force_ds_cpu_optimizer": False,  # torch's own: its kernels need no compiler
                 # Both would make every step wait for the GPU.
                 "timers": {"throughput": {"enabled": False}},
                 **({"compute_grad_norm": False} if zero_stage in (1, 2) else {}),
@@ -78,12 +93,14 @@ class StudentTrainer:
     def learning_rate(self, step: int) -> float:
         return self._rate * learning_rate(step, self._total_steps, self._config)
 
-    def step(
-        self, step: int, images_BCHW: Tensor, teacher_logits_BN: Tensor, valid_B: Tensor
-    ) -> Tensor:
-        """One update. Gives, summed over this worker's valid images: their number, their KL, and
-        how many have the teacher's top class; and 1 if its loss or a gradient was not finite,
-        which is then kept out of the update. fp32 [4], on the device. Waits for no GPU."""
+    def step(self, step: int, images_BCHW: Tensor, targets: Targets) -> Tensor:
+        """One update. Gives, summed over this worker's valid images: their number, their KL, how
+        many have the teacher's top class, and their loss; and 1 if that or a gradient was not
+        finite, which is then kept out of the update. fp32 [5], on the device. Waits for no GPU.
+
+        A loss of features needs targets of that form."""
+        device = self._w_ND.device
+        valid_B = on_device(targets.valid_B, device)
         mask = valid_B.float()
         count = mask.sum()
         everyone = count.clone()
@@ -97,14 +114,24 @@ class StudentTrainer:
         u_BD.register_hook(self._keep_finite)
         student_logits_BN = logits(u_BD, self._w_ND, self._scale / tau)
         # Rows that are not valid may hold anything, and 0 * nan is nan, in gradients too.
-        teacher_logits_BN = torch.where(valid_B[:, None], teacher_logits_BN, 0)
-        kl = (mask * kl_divergence(teacher_logits_BN / tau, student_logits_BN)).sum()
-        self._finite.copy_(torch.isfinite(kl))
+        values_BX = torch.where(valid_B[:, None], targets.values_BX, 0)
+        teacher_logits_BN = unpack(targets.form, values_BX, self._w_ND, self._teacher_scale) / tau
+        kl = (mask * kl_divergence(teacher_logits_BN, student_logits_BN)).sum()
+        loss = self._kl_weight * kl if self._kl_weight else torch.zeros_like(kl)
+        if weight := self._config.cosine_weight:
+            distance_B = cosine_distance(teacher_logits_BN, student_logits_BN)
+            loss = loss + weight * (mask * distance_B).sum()
+        if weight := self._config.feature_weight:
+            assert targets.form == "features"
+            teacher_u_BD = F.normalize(values_BX.float(), dim=-1)
+            distance_B = feature_distance(teacher_u_BD, u_BD, self._config.feature)
+            loss = loss + weight * (mask * distance_B).sum()
+        self._finite.copy_(torch.isfinite(kl + loss))
         # DeepSpeed averages gradients over workers; the mean is to be over images.
-        self.engine.backward(self.weight * kl * dist.get_world_size() / everyone.clamp(min=1))
+        self.engine.backward(loss * dist.get_world_size() / everyone.clamp(min=1))
         self.engine.step()
         agree = (student_logits_BN.argmax(-1) == teacher_logits_BN.argmax(-1)) & valid_B
-        told = torch.stack([count, kl.detach(), agree.sum().float()])
+        told = torch.stack([count, kl.detach(), agree.sum().float(), loss.detach()])
         told = torch.where(self._finite, told, 0)
         return torch.cat([told, (~self._finite).float()[None]])
 
@@ -118,7 +145,7 @@ class StudentTrainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights with running statistics, and optimizer state named `parameter/state`; whole
         tensors on the CPU, whatever the ZeRO stage and world size. Every worker must call this."""
-        weights: dict[str, Tensor] = dict(self.student.named_buffers())
+        weights: dict[str, Tensor] = self.student.state_dict()
         optimizer: dict[str, Tensor] = {}
         flats = self._flats()
         for name, param in self._params():
@@ -195,8 +222,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
-def _optimizer(student: PromptedTower, config: TrainConfig) -> torch.optim.Optimizer:
-    params = [p for p in student.parameters() if p.requires_grad]
+def _optimizer(params: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)

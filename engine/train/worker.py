@@ -3,7 +3,8 @@
 It needs Ray only where the run streams its labels, and runs as well under torchrun or in a test.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,16 +16,16 @@ from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.names import base_count
 from engine.clip.prompts import PromptedTower
-from engine.clip.towers import DTYPES, load_clip
-from engine.clip.weights import vision_shape
+from engine.clip.towers import DTYPES, ImageTower, load_clip
+from engine.clip.trained import TrainedTower
 from engine.config import RunConfig, UserError
-from engine.data.corpus import Corpus, open_corpora
+from engine.data.corpus import open_corpora
 from engine.data.isolate import decoder_of
 from engine.data.order import Order
 from engine.data.views import ViewPolicy
-from engine.labels.pool import StreamSource
-from engine.labels.targets import TargetSource
-from engine.labels.teacher import InlineSource, Teacher, fingerprint
+from engine.labels.pool import Assignment
+from engine.labels.sources import Place, source_of
+from engine.labels.targets import Targets, TargetSource, unpack
 from engine.train import checkpoint, rollback
 from engine.train.evaluate import Model, Score, evaluate, zero_shot
 from engine.train.health import Collapse
@@ -42,9 +43,12 @@ class Task(NamedTuple):
     """What every worker is told; `config` is resolved."""
 
     config: RunConfig
-    classes: ClassVectors
+    assignment: Assignment
     zero_shot: ClassVectors | None  # of the student's own text tower, where there is an evaluation
-    teachers: Sequence[Any]  # actor handles of the stream
+    source: str  # where labels come from: inline, stream, store or synthetic
+    roster: Any = None  # the stream's
+    who: str = ""  # which of several students it is
+    shared: bool = False  # there are others
 
 
 def work(task: Task, device: torch.device) -> dict[str, Any]:
@@ -69,7 +73,7 @@ class _Worker:
     """What one worker has loaded, and keeps through roll-backs."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
-        config, self.classes = task.config, task.classes
+        config, self.classes = task.config, task.assignment.labels.teachers[0].classes
         self.task, self.config, self.device = task, config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.clip = load_clip(config.student.model, config.student.weights, "student.")
@@ -83,12 +87,20 @@ class _Worker:
             config.corpus.window_blocks * config.corpus.block_samples,
             config.seed,
         )
-        policy = ViewPolicy(config.seed, self.clip.image.pixels, config.train.crop_scale)
+        policy = ViewPolicy(config.view_seed, self.clip.image.pixels, config.train.crop_scale)
         threads = config.student.threads
         self.decoder = decoder_of(policy, str(device), threads, config.corpus)
         self.selection = Selection(config.train.selection, config.folder)
-        kept_samples = kept(self.order, self.world)
-        self.source = _source(task, self.corpora, self.w_ND, kept_samples, self.rank, device)
+        place = Place(
+            f"{task.who}/{self.rank}",
+            self.world,
+            kept(self.order, self.world),
+            self.clip.image.pixels,
+            device,
+        )
+        self.source = source_of(
+            task.source, task.assignment, task.roster, self.corpora, place, task.shared
+        )
 
     def run(self) -> dict[str, Any]:
         """All of a run; see work()."""
@@ -116,7 +128,7 @@ class _Worker:
             models: dict[str, Model] = {"student_after": bundle.attached(self.clip, self.device)}
             if own := self.task.zero_shot:
                 models["student_before"] = zero_shot(self.clip, own, self.device)
-            scores, ledger = self._scores(models, self.source)
+            scores, ledger = self._scores(models, self._teaches())
             counted = ledger.statement(self.corpora["evaluation"].samples)
             evaluation = {"scored": counted["trained"], "skipped": counted["skipped"]}
         return {
@@ -125,6 +137,7 @@ class _Worker:
             "waited_labels_s": trained.waited_labels_s,
             "waited_data_s": trained.waited_data_s,
             "data": trained.stages,
+            "labels": self._labels(),
             "ledger": trained.ledger.statement(config.train.passes * self.order.samples),
             "scores": scores,
             "evaluation": evaluation,
@@ -163,7 +176,7 @@ class _Worker:
 
         config, width = self.config, self.w_ND.shape[1]
         student = PromptedTower(
-            self.clip.image,
+            self._tower(),
             config.student.prompts,
             config.student.depth,
             config.student.projector_width or width,
@@ -176,14 +189,24 @@ class _Worker:
             student.to(self.device),
             self.w_ND,
             self.clip.logit_scale,
+            self.classes.logit_scale,
             config.train,
             config.student.zero_stage,
             config.train.passes * self.order.steps,
             rollbacks,
+            config.student.offload,
         )
         if start:
             trainer.load_optimizer(start.optimizer)
         return trainer
+
+    def _tower(self) -> ImageTower:
+        """The tower to train: the run's own, frozen, or a fresh one of its own fp32 weights."""
+        told = self.config.student
+        if told.trained_layers == 0:
+            return self.clip.image
+        clip = load_clip(told.model, told.weights, "student.")
+        return TrainedTower(clip, told.trained_layers, told.precision == "bf16")
 
     def _after_pass(self, pass_: int, trainer: "StudentTrainer") -> None:
         if self.config.train.selection == "last":
@@ -192,6 +215,21 @@ class _Worker:
         student = self._bundle(weights).attached(self.clip, self.device)
         scores, _ = self._scores({"student": student}, None)
         self.selection.offer(pass_, scores["student"], weights, self.rank)
+
+    def _teaches(self) -> TargetSource | None:
+        return None if self.task.source == "synthetic" else self.source
+
+    def _told(self, targets: Targets) -> Tensor:
+        return unpack(targets.form, targets.values_BX, self.w_ND, self.classes.logit_scale)
+
+    def _labels(self) -> dict[str, float]:
+        """What the sources of all workers have done."""
+        everyone: list[dict[str, float]] = [{}] * self.world
+        dist.all_gather_object(everyone, self.source.statement())
+        total: Counter[str] = Counter()
+        for told in everyone:
+            total.update(told)
+        return dict(total)
 
     def _scores(
         self, models: dict[str, Model], source: TargetSource | None
@@ -202,8 +240,9 @@ class _Worker:
         base, batch = base_count(len(self.classes.names)), self.config.teacher.batch
         policy, threads = self.decoder.policy, self.config.student.threads
         data = self.config.corpus
+        told: Callable[[Targets], Tensor] | None = self._told if source else None
         tallies, ledger = evaluate(
-            models, source, held_out, mine, policy, threads, base, batch, self.device, data
+            models, source, held_out, mine, policy, threads, base, batch, self.device, data, told
         )
         scores = {}
         for name, counts in tallies.items():
@@ -235,31 +274,3 @@ def _require_one_start(start: tuple[int, int], world: int) -> None:
             "runs_dir must be one folder for all nodes: checkpoints and roll-backs differ, "
             f"{starts}"
         )
-
-
-def _source(
-    task: Task,
-    corpora: Mapping[str, Corpus],
-    w_ND: Tensor,
-    kept_samples: int,
-    rank: int,
-    device: torch.device,
-) -> TargetSource:
-    config, classes = task.config, task.classes
-    if config.targets.source == "inline":
-        told = config.teacher
-        clip = load_clip(told.model, told.weights, "teacher.", told.prompts)
-        precision = told.precision
-        return InlineSource(Teacher(clip, classes, precision, device, config.teacher.batch))
-    pixels = vision_shape(config.teacher.model).pixels
-    policy = ViewPolicy(config.seed, pixels, config.train.crop_scale)
-    return StreamSource(
-        task.teachers,
-        fingerprint(classes, policy, config.teacher.precision, corpora),
-        w_ND,
-        classes.logit_scale,
-        config.targets.outstanding,
-        config.targets.timeout_s,
-        kept_samples,
-        rank,
-    )

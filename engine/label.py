@@ -1,0 +1,107 @@
+"""Teachers alone: the labels of a run's corpora into its store, or, to time them, to nowhere."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from engine import cluster
+from engine.config import RunConfig, RunFailed, UserError, absolute
+from engine.data.corpus import Corpus, open_corpora
+from engine.data.views import TEST_VIEW
+from engine.labels.pool import Assignment
+from engine.labels.scaling import Pool
+from engine.labels.stream import StreamSource
+from engine.labels.targets import BlockView
+from engine.preflight import check
+from engine.progress import say, track
+from engine.staff import arranged
+
+__all__ = ["label"]
+
+
+def label(config: RunConfig, most_blocks: int | None) -> dict[str, Any]:
+    """Labels what a run of this config would ask its teachers, at most so many blocks.
+
+    Gives images, images/s from the first label to the last, and what the teachers did. Raises
+    UserError for what the user can mend, RunFailed where the store does not take them.
+    """
+    config = absolute(config)
+    names = check(config)
+    needed = cluster.wanted(config, [], streams=True)["CPU"]
+    with cluster.session(config.ray.address, needed):
+        config = cluster.resolve(config)
+        assignment, choice = arranged([config], names)
+        if choice.source not in ("stream", "inline"):
+            raise UserError(f"targets.source: {choice.source} asks no teacher ({choice.why})")
+        cluster.wait_for_room(config, [], streams=True)
+        pool = Pool(assignment)
+        try:
+            return _labelled(config, assignment, pool, most_blocks)
+        finally:
+            pool.close()
+
+
+def _labelled(
+    config: RunConfig, assignment: Assignment, pool: Pool, most_blocks: int | None
+) -> dict[str, Any]:
+    corpora, labels, told = open_corpora(config.corpus), assignment.labels, config.targets
+    wanted = list(islice(_all(config, corpora), most_blocks))
+    teachers = max(config.teacher.actors, config.teacher.max_actors, 1)
+    ahead = 2 * (told.outstanding or 4 * teachers)
+    source = StreamSource(
+        pool.roster,
+        "label/0",
+        {name: one.fingerprint for name, one in assignment.labellings.items()},
+        {name: corpus.blocks for name, corpus in corpora.items()},
+        labels.form,
+        labels.width,
+        torch.device("cpu"),
+        told.outstanding,
+        1,
+        told.timeout_s,
+        2 * ahead * config.corpus.block_samples,
+        shared=False,
+    )
+    try:
+        return _answered(config, wanted, ahead, source, pool)
+    finally:
+        source.close()
+
+
+def _answered(
+    config: RunConfig, wanted: Sequence[BlockView], ahead: int, source: StreamSource, pool: Pool
+) -> dict[str, Any]:
+    where = config.targets.store or "nowhere"
+    say(f"labelling {len(wanted):,} views of blocks, into {where}; waiting for a teacher")
+    images, started = 0, 0.0
+    for place, one in enumerate(track(wanted, "labelling")):
+        source.request(wanted[place : place + ahead])
+        length = len(source.labels([one])[one].valid)
+        if place == 0:
+            started = time.perf_counter()  # teachers are loaded
+        else:
+            images += length
+    took_s = time.perf_counter() - started
+    labels = pool.statement() | source.statement()
+    if labels.get("unrecorded"):
+        raise RunFailed(f"{config.targets.store} did not take {labels['unrecorded']:.0f} labels")
+    return {
+        "blocks": len(wanted),
+        "images": images,
+        "images_per_second": images / took_s if images else None,
+        "s": took_s,
+        "labels": labels,
+    }
+
+
+def _all(config: RunConfig, corpora: Mapping[str, Corpus]) -> Iterator[BlockView]:
+    """What a run asks for, view by view, and then for its evaluation."""
+    for view in range(config.views):
+        for block in range(len(corpora["shards"].blocks)):
+            yield BlockView("shards", block, view)
+    if "evaluation" in corpora:
+        for block in range(len(corpora["evaluation"].blocks)):
+            yield BlockView("evaluation", block, TEST_VIEW)

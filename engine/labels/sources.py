@@ -1,0 +1,136 @@
+"""Which target source a run has, and how a student worker builds it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from engine.config import RunConfig
+from engine.data.corpus import Corpus
+from engine.data.views import TEST_VIEW
+from engine.labels.assembly import Assembly
+from engine.labels.inline import InlineSource, OnDemandSource, SyntheticSource
+from engine.labels.labelling import Labelling
+from engine.labels.pool import Assignment, labeller_of
+from engine.labels.recorded import RecordedSource
+from engine.labels.store import Recorded, Store
+from engine.labels.stream import StreamSource
+from engine.labels.targets import TargetSource
+from engine.labels.teacher import Team
+
+__all__ = ["Choice", "Place", "chosen", "missing_blocks", "opened", "source_of"]
+
+
+class Choice(NamedTuple):
+    """The source of a run's labels, and why it is that."""
+
+    source: str  # inline, stream, store or synthetic
+    why: str
+
+
+class Place(NamedTuple):
+    """A student worker, as a source needs to know it."""
+
+    who: str
+    workers: int  # of its student
+    kept_samples: int
+    pixels: int
+    device: torch.device
+
+
+def chosen(
+    config: RunConfig, sizes: Sequence[int], pixels: Sequence[int], missing: int | None
+) -> Choice:
+    """Of a run whose students take images of `sizes` and whose teachers of `pixels`; `missing`: how
+    many blocks of all views its store has not, None where there is no store."""
+    told = config.targets.source
+    if told in ("store", "synthetic"):
+        return Choice(told, "as it is told")
+    if missing == 0:
+        return Choice("store", "all labels are recorded: no teacher is started")
+    if told != "auto":
+        return Choice(told, "as it is told")
+    if len(sizes) > 1:
+        return Choice("stream", "several students share the teachers")
+    if set(sizes) != set(pixels):
+        return Choice("stream", "teacher and student take images of different sizes")
+    if config.teacher.actors or config.teacher.max_actors:
+        return Choice("stream", "teacher.actors asks for a pool")
+    return Choice("inline", "one decode, and no transfer of labels")
+
+
+def opened(config: RunConfig, labellings: Mapping[str, Labelling]) -> dict[str, Recorded]:
+    """The corpora's parts of the run's store; empty where it has none. Raises UserError."""
+    if not config.targets.store:
+        return {}
+    store, add = Store(config.targets.store), config.targets.add_labelling
+    if config.targets.source == "store":
+        return {name: store.require(one) for name, one in labellings.items()}
+    return {name: store.open(one, add=add) for name, one in labellings.items()}
+
+
+def missing_blocks(
+    config: RunConfig, recorded: Mapping[str, Recorded], corpora: Mapping[str, Corpus]
+) -> dict[int, int]:
+    """By view, how many blocks of a run's corpora are not recorded."""
+    missing = {
+        view: recorded["shards"].missing(view, corpora["shards"].blocks)
+        for view in range(config.views)
+    }
+    if "evaluation" in recorded:
+        blocks = corpora["evaluation"].blocks
+        missing[TEST_VIEW] = recorded["evaluation"].missing(TEST_VIEW, blocks)
+    return missing
+
+
+def source_of(
+    source: str,
+    assignment: Assignment,
+    roster: Any,
+    corpora: Mapping[str, Corpus],
+    place: Place,
+    shared: bool,
+) -> TargetSource:
+    """The target source of a student worker, with the run's store in front of it if there is one.
+
+    `roster` is the stream's; `shared` says that other students ask the same teachers.
+    """
+    labels, config = assignment.labels, assignment.config
+    device, width = place.device, labels.width
+    if source == "synthetic":
+        return SyntheticSource(labels.teachers[0].classes.vectors.shape[1], device)
+    blocks = {name: corpus.blocks for name, corpus in corpora.items()}
+    recorded: dict[str, Recorded] = {}
+    if config.targets.store:
+        store = Store(config.targets.store)
+        recorded = {name: store.open(one, add=True) for name, one in assignment.labellings.items()}
+    inner: TargetSource | None = None
+    if source == "inline":
+        team = Team.load(labels, device)
+        assert team.pixels == {place.pixels}
+        assembly = None
+        if recorded:
+            w_ND = torch.from_numpy(labels.teachers[0].classes.vectors)
+            assembly = Assembly(recorded, blocks, place.kept_samples, labels.wire, w_ND, team.scale)
+        inner = InlineSource(team, assembly)
+    elif source == "stream":
+        inner = StreamSource(
+            roster,
+            place.who,
+            {name: one.fingerprint for name, one in assignment.labellings.items()},
+            blocks,
+            labels.form,
+            width,
+            device,
+            config.targets.outstanding,
+            place.workers,
+            config.targets.timeout_s,
+            place.kept_samples,
+            shared,
+        )
+    elif config.targets.source != "store":  # all is recorded, but may turn out to be damaged
+        inner = OnDemandSource(lambda: labeller_of(assignment, device), labels.form, width, device)
+    if not recorded:
+        assert inner is not None
+        return inner
+    return RecordedSource(recorded, blocks, inner, place.kept_samples, labels.form, width, device)
