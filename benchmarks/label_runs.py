@@ -50,7 +50,7 @@ SKIPPED = 2 * LEFT
 TOWERS = {  # layers and width; costs are against a step of the student
     "student": (6, 192),
     "equal": (5, 384),
-    "heavy": (12, 384),
+    "heavy": (10, 384),
 }
 _PERIOD_S = 1.0  # of the meter
 
