@@ -249,7 +249,7 @@ def teacher_alone(config: RunConfig) -> Measured:
     with Meter() as meter:
         teacher = start_teacher(config.teacher, roster, node["NodeID"])
         while wanted or asked:
-            while wanted and len(asked) < config.targets.outstanding:
+            while wanted and len(asked) < (config.targets.outstanding or 4):
                 asked.add(teacher.label.remote(wanted.popleft()))
             (ready,), _ = ray.wait(list(asked))
             asked.remove(ready)
