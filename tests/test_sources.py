@@ -232,7 +232,7 @@ def test_a_teacher_of_no_numbers_stops_a_run_before_it_learns(second):
         ({"teacher.max_actors": 2}, [16], [16], None, "stream", "teacher.actors"),
         ({"targets.source": "stream"}, [16], [16], 3, "stream", "told"),
         ({"targets.source": "inline"}, [16], [16], 3, "inline", "told"),
-        ({"targets.source": "store"}, [16], [16], 3, "store", "told"),
+        ({"targets.source": "store", "targets.store": "labels"}, [16], [16], 3, "store", "told"),
         ({"targets.source": "synthetic"}, [16], [16], 0, "synthetic", "told"),
     ],
 )
