@@ -6,6 +6,7 @@ from engine.config import RunConfig
 from engine.data.corpus import Corpus
 from engine.labels.sources import Choice
 from engine.labels.teacher import Labels
+from engine.rates import label_bytes
 from engine.train.schedule import loss_terms, peak_rate
 
 __all__ = ["placement", "recipe", "savings"]
@@ -43,7 +44,7 @@ def savings(
     store: str, labels: Labels, corpora: Mapping[str, Corpus], missing: Mapping[int, int]
 ) -> str:
     """What recorded labels take, and spare."""
-    image = labels.width * (2 if labels.wire == "fp16" else 1) + (4 if labels.wire == "int8" else 0)
+    image = label_bytes(labels.width, labels.width, labels.wire)
     corpus = corpora["shards"]
     blocks = len(corpus.blocks)
     views = [missing[view] for view in missing if view >= 0]

@@ -211,8 +211,7 @@ def _results(
 
     from engine import cluster
 
-    ours = cluster.start(address)
-    try:
+    with cluster.session(address):
         task = ray.remote(num_cpus=1, max_retries=3)(one.func).options(name="index")
         most = workers or 2 * int(ray.cluster_resources()["CPU"])  # the second waits at the door
         coming = iter(enumerate(shards))
@@ -223,9 +222,6 @@ def _results(
                 asked[task.remote(shard, _known(shard, paths[number]), **one.keywords)] = number
             (ready,), _ = ray.wait(list(asked))
             yield asked.pop(ready), ray.get(ready)
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 def _write(found: Indexed, path: Path) -> None:

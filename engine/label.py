@@ -13,6 +13,7 @@ from engine.data.corpus import Corpus, open_corpora
 from engine.data.views import TEST_VIEW
 from engine.labels.pool import Assignment
 from engine.labels.scaling import Pool
+from engine.labels.sources import stream_of
 from engine.labels.stream import StreamSource
 from engine.labels.targets import BlockView
 from engine.preflight import check
@@ -47,23 +48,13 @@ def label(config: RunConfig, most_blocks: int | None) -> dict[str, Any]:
 def _labelled(
     config: RunConfig, assignment: Assignment, pool: Pool, most_blocks: int | None
 ) -> dict[str, Any]:
-    corpora, labels, told = open_corpora(config.corpus), assignment.labels, config.targets
+    corpora = open_corpora(config.corpus)
     wanted = list(islice(_all(config, corpora), most_blocks))
     teachers = max(config.teacher.actors, config.teacher.max_actors, 1)
-    ahead = 2 * (told.outstanding or 4 * teachers)
-    source = StreamSource(
-        pool.roster,
-        "label/0",
-        {name: one.fingerprint for name, one in assignment.labellings.items()},
-        {name: corpus.blocks for name, corpus in corpora.items()},
-        labels.form,
-        labels.width,
-        torch.device("cpu"),
-        told.outstanding,
-        1,
-        told.timeout_s,
-        2 * ahead * config.corpus.block_samples,
-        shared=False,
+    ahead = 2 * (config.targets.outstanding or 4 * teachers)
+    kept_samples, cpu = 2 * ahead * config.corpus.block_samples, torch.device("cpu")
+    source = stream_of(
+        assignment, pool.roster, corpora, "label/0", 1, kept_samples, cpu, shared=False
     )
     try:
         return _answered(config, wanted, ahead, source, pool)

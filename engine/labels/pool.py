@@ -47,7 +47,7 @@ def labeller_of(assignment: Assignment, device: torch.device) -> Labeller:
     recorded = {}
     if assignment.records:
         store = Store(config.targets.store)
-        recorded = {name: store.open(labelling, add=True) for name, labelling in told.items()}
+        recorded = {name: store.recorded(labelling) for name, labelling in told.items()}
     threads = config.teacher.threads
     return Labeller(
         Team.load(assignment.labels, device),

@@ -18,7 +18,7 @@ from engine.labels.stream import StreamSource
 from engine.labels.targets import TargetSource
 from engine.labels.teacher import Team
 
-__all__ = ["Choice", "Place", "chosen", "missing_blocks", "opened", "source_of"]
+__all__ = ["Choice", "Place", "chosen", "missing_blocks", "opened", "source_of", "stream_of"]
 
 
 class Choice(NamedTuple):
@@ -83,6 +83,34 @@ def missing_blocks(
     return missing
 
 
+def stream_of(
+    assignment: Assignment,
+    roster: Any,
+    corpora: Mapping[str, Corpus],
+    who: str,
+    workers: int,
+    kept_samples: int,
+    device: torch.device,
+    shared: bool,
+) -> StreamSource:
+    """The stream of a run's labels, for one of `workers`; see StreamSource."""
+    labels, targets = assignment.labels, assignment.config.targets
+    return StreamSource(
+        roster,
+        who,
+        {name: one.fingerprint for name, one in assignment.labellings.items()},
+        {name: corpus.blocks for name, corpus in corpora.items()},
+        labels.form,
+        labels.width,
+        device,
+        targets.outstanding,
+        workers,
+        targets.timeout_s,
+        kept_samples,
+        shared,
+    )
+
+
 def source_of(
     source: str,
     assignment: Assignment,
@@ -103,7 +131,7 @@ def source_of(
     recorded: dict[str, Recorded] = {}
     if config.targets.store:
         store = Store(config.targets.store)
-        recorded = {name: store.open(one, add=True) for name, one in assignment.labellings.items()}
+        recorded = {name: store.recorded(one) for name, one in assignment.labellings.items()}
     inner: TargetSource | None = None
     if source == "inline":
         team = Team.load(labels, device)
@@ -114,18 +142,14 @@ def source_of(
             assembly = Assembly(recorded, blocks, place.kept_samples, labels.wire, w_ND, team.scale)
         inner = InlineSource(team, assembly)
     elif source == "stream":
-        inner = StreamSource(
+        inner = stream_of(
+            assignment,
             roster,
+            corpora,
             place.who,
-            {name: one.fingerprint for name, one in assignment.labellings.items()},
-            blocks,
-            labels.form,
-            width,
-            device,
-            config.targets.outstanding,
             place.workers,
-            config.targets.timeout_s,
             place.kept_samples,
+            device,
             shared,
         )
     elif config.targets.source != "store":  # all is recorded, but may turn out to be damaged

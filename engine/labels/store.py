@@ -61,7 +61,7 @@ class Store:
                 )
             if known:
                 say(f"{self.where}: labelling {labelling.fingerprint} is new there, and is added")
-        return Recorded(self.folder, self.where, labelling)
+        return self.recorded(labelling)
 
     def require(self, labelling: Labelling) -> "Recorded":
         """The files of a labelling that is there. Raises UserError where it is not."""
@@ -74,6 +74,11 @@ class Store:
                 f"{_nearest(labelling, known)}\nWhat is not there is labelled, and recorded, by "
                 f"--targets.source auto{_hint(labelling, known)}"
             )
+        return self.recorded(labelling)
+
+    def recorded(self, labelling: Labelling) -> "Recorded":
+        """The files of a labelling, without a look at what else is there: for the workers of a run
+        whose driver has looked."""
         return Recorded(self.folder, self.where, labelling)
 
     def _parsed(self, fingerprint: str, text: bytes) -> Labelling:
