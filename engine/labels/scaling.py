@@ -90,6 +90,8 @@ class Pool:
         """What all teachers have done together, those that are gone too, and how many there were
         at most (`teachers`). Waits a little for those that are busy."""
         with self._lock:
+            if self._asked:  # by now, that answer may be an old one
+                self._ask_teachers(_PATIENCE_S)
             self._ask_teachers(_PATIENCE_S)
             total: Counter[str] = Counter()
             for told in (*self._past, *self._statements.values()):
