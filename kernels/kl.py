@@ -1,0 +1,366 @@
+"""KL(teacher || student) without logits, and with it the cosine: value and gradient in one pass.
+
+Student and teacher are compared on the same class vectors W, by z = a u W^T with unit features u.
+Let O = softmax(z) W, the expected class vector. Then
+
+    KL = a_t u_t . O_t - a_s u_s . O_t - LSE_t + LSE_s      and      dKL/du_s = a_s (O_s - O_t),
+
+so that one traversal of W, with nothing [B, N] kept, gives the loss and its gradient, back to
+features of any length. W takes no gradient, nor does the teacher. O is fp32: O_s - O_t cancels.
+
+`impl` is one of
+- reference: the definitions in eager torch, with autograd;
+- torch: tiles of logits in plain torch (`torch_kl`);
+- triton: fused kernels (`triton_kl`), on GPUs, or on CPUs under TRITON_INTERPRET=1;
+- auto: triton on CUDA devices where Triton is installed, else torch.
+
+Letters are those of `reference`.
+"""
+
+import importlib
+import importlib.util
+import os
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import cosine, reference
+from kernels.cosine import Gram
+from kernels.reference import wide
+from kernels.unit import unit
+
+__all__ = [
+    "Expected",
+    "Features",
+    "Impl",
+    "Logits",
+    "Losses",
+    "Top",
+    "chosen",
+    "distillation",
+    "expected",
+    "reduced",
+    "top_of",
+]
+
+Impl = Literal["auto", "reference", "torch", "triton"]
+
+
+class Features(NamedTuple):
+    """The teacher, by image features of any length and its logit scale."""
+
+    u_BD: Tensor
+    scale: float
+
+
+class Expected(NamedTuple):
+    """The teacher, by what KL needs of it: see `expected`. All fp32, at the temperature of use."""
+
+    o_BD: Tensor  # softmax(z) W
+    lse_B: Tensor
+    dot_B: Tensor  # a u . O
+    top_B: Tensor  # class of the largest logit
+
+
+class Logits(NamedTuple):
+    """The teacher, by its logits, up to a shift of each row."""
+
+    z_BN: Tensor
+
+
+class Top(NamedTuple):
+    """The teacher, by log-probabilities of K classes and of all others together; see `top_of`."""
+
+    log_p_BK: Tensor
+    classes_BK: Tensor  # int64, different within a row
+    log_tail_B: Tensor
+
+
+Teacher = Features | Expected | Logits | Top
+
+
+class Losses(NamedTuple):
+    """Of every image. A gradient flows through `loss_B` alone."""
+
+    loss_B: Tensor  # weight * (kl_weight * temperature^2 * KL + cosine_weight * distance)
+    kl_B: Tensor  # weight * KL, in nats, at the temperature
+    cosine_B: Tensor  # weight * cosine distance; 0 where none is asked for
+    top_s_B: Tensor  # class of the student's largest logit
+    top_t_B: Tensor
+
+
+def distillation(
+    x_BD: Tensor,
+    teacher: Teacher,
+    w_ND: Tensor,
+    scale: float,
+    *,
+    temperature: float = 1.0,
+    kl_weight: float = 1.0,
+    cosine_weight: float = 0.0,
+    gram: Gram | None = None,
+    weight_B: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Losses:
+    """What is lost where a student says `x` and its teacher what it says.
+
+    x_BD: the student's features, of any length; fp64, fp32, bf16 or fp16.
+    scale: the student's logit scale; both scales are divided by the temperature.
+    gram: of W, which `cosine_weight` needs, with a teacher by Features or Logits; if it is not
+        centred, these may not be shifted.
+    weight_B: a factor of every image. Of an image of weight 0 everything is 0, whatever it holds.
+
+    Raises ValueError where the cosine is asked of a teacher that does not say enough, and
+    RuntimeError where `impl = "triton"` cannot be: on a device, or in fp64.
+    """
+    impl = chosen(impl, x_BD.device, w_ND.dtype)
+    if cosine_weight and (gram is None or isinstance(teacher, Expected | Top)):
+        raise ValueError("a cosine needs a gram, and a teacher by Features or Logits")
+    run = _by_definition if impl == "reference" else _by_op
+    task = _Task(
+        scale / temperature,
+        temperature,
+        kl_weight * temperature**2,
+        gram if cosine_weight else None,
+        cosine_weight,
+        impl,
+    )
+    loss_B, kl_B, cosine_B, top_s_B, top_t_B = run(
+        x_BD, _detached(teacher), w_ND.detach(), weight_B, task
+    )
+    return Losses(loss_B, kl_B.detach(), cosine_B.detach(), top_s_B, top_t_B)
+
+
+def reduced(
+    loss_B: Tensor, reduction: Literal["batchmean", "paper"], images: int | Tensor, classes: int
+) -> Tensor:
+    """The mean over images; `paper`: over all logits, sum / (B N), as PromptKD's code has it."""
+    return loss_B.sum() / (images * classes if reduction == "paper" else images)
+
+
+def expected(x_BD: Tensor, w_ND: Tensor, scale: float, impl: Impl = "auto") -> Expected:
+    """What KL needs of a teacher, from its features of any length, in one pass over W. No
+    gradient. `scale` is divided by the temperature already."""
+    impl = chosen(impl, x_BD.device, w_ND.dtype)
+    if impl == "reference":
+        u_BD = F.normalize(wide(x_BD), dim=-1)
+        z_BN = reference.logits(u_BD, w_ND, scale)
+        o_BD = torch.softmax(z_BN, dim=-1) @ wide(w_ND)
+        dot_B = scale * (u_BD * o_BD).sum(-1)
+        return Expected(o_BD, z_BN.logsumexp(dim=-1), dot_B, z_BN.argmax(dim=-1))
+    return Expected(*torch.ops.promptkd.expected(x_BD, w_ND, scale, impl))
+
+
+def top_of(z_BN: Tensor, classes: int, temperature: float = 1.0) -> Top:
+    """The largest of a teacher's logits, and what is left of its probability."""
+    log_p_BN = torch.log_softmax(wide(z_BN) / temperature, dim=-1)
+    log_p_BK, classes_BK = log_p_BN.topk(classes, dim=-1)
+    rest_BN = log_p_BN.scatter(-1, classes_BK, -torch.inf)
+    return Top(log_p_BK, classes_BK, rest_BN.logsumexp(dim=-1))
+
+
+def chosen(
+    impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Literal["reference", "torch", "triton"]:
+    """What `auto` is on a device; an explicit choice stays what it is, or RuntimeError tells why it
+    cannot be."""
+    lacks = ""
+    if importlib.util.find_spec("triton") is None:
+        lacks = "without Triton"
+    elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        lacks = f"on {device}, which is no GPU"
+    elif dtype == torch.float64:
+        lacks = "in fp64"
+    if impl == "auto":
+        return "torch" if lacks or device.type != "cuda" else "triton"
+    if impl == "triton" and lacks:
+        raise RuntimeError(f'impl = "triton" {lacks}')
+    return impl
+
+
+class _Task(NamedTuple):
+    scale: float  # over the temperature
+    temperature: float
+    kl_weight: float
+    gram: Gram | None
+    cosine_weight: float
+    impl: str
+
+
+def _detached(teacher: Teacher) -> Teacher:
+    return type(teacher)(*(t.detach() if isinstance(t, Tensor) else t for t in teacher))  # type: ignore[arg-type]
+
+
+def _class_of(teacher: Expected | Top) -> Tensor:
+    """The teacher's top class."""
+    if isinstance(teacher, Expected):
+        return teacher.top_B
+    return teacher.classes_BK.gather(-1, teacher.log_p_BK.argmax(-1, keepdim=True))[:, 0]
+
+
+# ---------------------------------------------------------------- by definition
+
+
+def _by_definition(
+    x_BD: Tensor, teacher: Teacher, w_ND: Tensor, weight_B: Tensor | None, task: _Task
+) -> tuple[Tensor, ...]:
+    def masked(rows: Tensor) -> Tensor:
+        """0 * nan is nan, in gradients too."""
+        return rows if weight_B is None else torch.where(weight_B[:, None] == 0, 0, wide(rows))
+
+    u_BD = F.normalize(wide(masked(x_BD)), dim=-1)
+    z_BN = reference.logits(u_BD, w_ND, task.scale)
+    cosine_B = torch.zeros_like(z_BN[:, 0])
+    match teacher:
+        case Features(u_t_BD, scale):
+            unit_BD = F.normalize(wide(masked(u_t_BD)), dim=-1)
+            t_BN = reference.logits(unit_BD, w_ND, scale / task.temperature)
+        case Logits(t_BN):
+            t_BN = wide(masked(t_BN)) / task.temperature
+        case Expected(o_BD, lse_B, dot_B):
+            kl_B = dot_B - task.scale * (u_BD * o_BD).sum(-1) - lse_B + z_BN.logsumexp(dim=-1)
+        case Top(log_p_BK, classes_BK, log_tail_B):
+            kl_B = reference.kl_divergence_of_top(log_p_BK, classes_BK, log_tail_B, z_BN)
+    if isinstance(teacher, Expected | Top):
+        top_t_B = _class_of(teacher)
+    else:
+        kl_B, top_t_B = reference.kl_divergence(t_BN, z_BN), t_BN.argmax(dim=-1)
+        if task.gram:
+            cosine_B = reference.cosine_distance(t_BN, z_BN, task.gram.centred)
+    if weight_B is not None:
+        kl_B, cosine_B = (torch.where(weight_B == 0, 0, weight_B * t) for t in (kl_B, cosine_B))
+    loss_B = task.kl_weight * kl_B + task.cosine_weight * cosine_B
+    return loss_B, kl_B, cosine_B, z_BN.argmax(dim=-1), top_t_B
+
+
+# ---------------------------------------------------------------- by kernels
+
+
+def _by_op(
+    x_BD: Tensor, teacher: Teacher, w_ND: Tensor, weight_B: Tensor | None, task: _Task
+) -> tuple[Tensor, ...]:
+    teacher_scale = teacher.scale if isinstance(teacher, Features) else 1.0
+    loss_B, kl_B, cosine_B, _, top_s_B, top_t_B = torch.ops.promptkd.distillation(
+        x_BD,
+        [t for t in teacher if isinstance(t, Tensor)],
+        w_ND,
+        task.gram.root_JD if task.gram else None,
+        weight_B,
+        type(teacher).__name__,
+        task.scale,
+        teacher_scale / task.temperature,
+        task.kl_weight,
+        task.cosine_weight,
+        bool(task.gram and task.gram.centred),
+        torch.is_grad_enabled() and x_BD.requires_grad,
+        task.impl,
+    )
+    if isinstance(teacher, Expected | Top):
+        top_t_B = _class_of(teacher)
+    return loss_B, kl_B, cosine_B, top_s_B, top_t_B
+
+
+def _path(impl: str) -> Any:
+    return importlib.import_module(f"kernels.{impl}_kl")
+
+
+@torch.library.custom_op("promptkd::distillation", mutates_args=())
+def _op(
+    x_BD: Tensor,
+    teacher: list[Tensor],
+    w_ND: Tensor,
+    root_JD: Tensor | None,
+    weight_B: Tensor | None,
+    form: str,
+    scale: float,
+    teacher_scale: float,
+    kl_weight: float,
+    cosine_weight: float,
+    centred: bool,
+    wants: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, KL, cosine distance, gradient of the loss with respect to x, and both top classes, of
+    which the teacher's is empty where the form tells it already."""
+    with torch.autocast(x_BD.device.type, enabled=False):
+        path = _path(impl)
+        extra_BD, cosine_B = None, wide(x_BD).new_zeros(len(x_BD))
+        if root_JD is not None:
+            unit_BD, _ = unit(x_BD)
+            if form == "Features":
+                cosine_B, extra_BD = cosine.against_features(unit_BD, teacher[0], root_JD)
+            else:
+                cosine_B, extra_BD = cosine.against_logits(unit_BD, teacher[0], w_ND, centred)
+            extra_BD.mul_(cosine_weight)
+            if weight_B is not None:
+                cosine_B = torch.where(weight_B == 0, 0, weight_B * cosine_B)
+                extra_BD = torch.where(weight_B[:, None] == 0, 0, weight_B[:, None] * extra_BD)
+        ours = w_ND, weight_B, extra_BD, scale
+        match form:
+            case "Features":
+                told = path.features(x_BD, *teacher, *ours, teacher_scale, kl_weight, wants)
+            case "Logits":
+                told = path.dense(x_BD, *teacher, *ours, teacher_scale, kl_weight, wants)
+            case "Expected":
+                told = path.given(x_BD, *teacher[:3], *ours, kl_weight, wants)
+            case "Top":
+                told = path.top(x_BD, *teacher, *ours, kl_weight, wants)
+        kl_B, dx_BD, *tops = told
+        if len(tops) == 1:
+            tops.append(tops[0].new_empty(0))
+        return kl_weight * kl_B + cosine_weight * cosine_B, kl_B, cosine_B, dx_BD, *tops
+
+
+@_op.register_fake
+def _(
+    x_BD: Tensor,
+    teacher: list[Tensor],
+    w_ND: Tensor,
+    root_JD: Tensor | None,
+    weight_B: Tensor | None,
+    form: str,
+    scale: float,
+    teacher_scale: float,
+    kl_weight: float,
+    cosine_weight: float,
+    centred: bool,
+    wants: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    images, like = len(x_BD), wide(x_BD)
+    told = [like.new_empty(images) for _ in range(3)]
+    dx_BD = like.new_empty(images if wants else 0, x_BD.shape[1])
+    known = form in ("Expected", "Top")
+    tops = [like.new_empty(n, dtype=torch.long) for n in (images, 0 if known else images)]
+    return *told, dx_BD, *tops  # type: ignore[return-value]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtype, ctx.tensors = inputs[0].dtype, len(inputs[1])
+    ctx.save_for_backward(output[3])
+
+
+def _backward(ctx: Any, grad_B: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    (dx_BD,) = ctx.saved_tensors
+    return (grad_B[:, None] * dx_BD).to(ctx.dtype), [None] * ctx.tensors, *[None] * 11
+
+
+_op.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("promptkd::expected", mutates_args=())
+def _expected(
+    x_BD: Tensor, w_ND: Tensor, scale: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x_BD.device.type, enabled=False):
+        return _path(impl).expected(x_BD, w_ND, scale)
+
+
+@_expected.register_fake
+def _(x_BD: Tensor, w_ND: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = wide(x_BD)
+    told = [like.new_empty(len(x_BD)) for _ in range(2)]
+    o_BD = like.new_empty(len(x_BD), w_ND.shape[1])
+    return o_BD, *told, like.new_empty(len(x_BD), dtype=torch.long)  # type: ignore[return-value]
