@@ -14,6 +14,7 @@ import torch
 from engine.clip.towers import half_precision, trained_precision
 from engine.config import RunConfig, StudentConfig, UserError
 from engine.progress import say
+from kernels.kl import chosen
 
 __all__ = ["resolve", "session", "start", "wait_for_room", "wanted"]
 
@@ -86,6 +87,10 @@ def resolve(config: RunConfig) -> RunConfig:
         raise UserError("device: cpu, but teacher.gpus or student.gpus asks for GPUs")
     if student.gpus is not None and 0 < student.gpus < 1 < student.workers:
         raise UserError("student.gpus: several workers cannot share one GPU, since NCCL refuses it")
+    try:
+        kernels = chosen(config.train.kernels, torch.device(device))
+    except RuntimeError as error:
+        raise UserError(f"train.kernels: {error}") from error
     whole = 1.0 if device == "cuda" else 0.0
     precision = trained_precision(student.precision, device)
     resolved = dataclasses.replace(
@@ -100,7 +105,10 @@ def resolve(config: RunConfig) -> RunConfig:
             student, precision=precision, gpus=whole if student.gpus is None else student.gpus
         ),
     )
-    say(f"device {device}; teacher in {resolved.teacher.precision}, student tower in {precision}")
+    say(
+        f"device {device}; teacher in {resolved.teacher.precision}, student tower in {precision}; "
+        f"losses by {kernels}"
+    )
     return resolved
 
 

@@ -300,6 +300,9 @@ class TrainConfig(Section):
     """Factor of the distance between teacher's and student's unit features."""
     feature: Literal["l1", "mse"] = "l1"
     """That distance: absolute (l1) or squared (mse) differences, summed over the dimensions."""
+    kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """What computes KL and cosine: fused kernels (triton), tiles in plain torch, or the definitions
+    (reference). auto: triton on GPUs, else torch."""
     selection: Literal["last", "paper", "paper-xd"] = "last"
     """Which weights are kept: the last, or those of the pass with the best accuracy on
     corpus.evaluation, among base classes (paper) or all (paper-xd), as the paper does, which looks

@@ -208,6 +208,7 @@ MIXED = [
     {"kd_weight": 0.0, "cosine_weight": 2.0},
     {"kd_weight": 0.0, "feature_weight": 0.5, "feature": "mse"},
     {"cosine_weight": 0.7, "feature_weight": 0.3, "feature": "l1"},
+    {"cosine_weight": 0.7, "kernels": "reference"},
 ]
 
 

@@ -116,13 +116,16 @@ class PromptedTower(nn.Module):
         self.register_state_dict_post_hook(_leave_out_frozen)
         self.register_load_state_dict_post_hook(_do_without_frozen)
 
-    def forward(self, images_BCHW: Tensor, valid_B: Tensor | None = None) -> Tensor:
-        """Unit features [B, D] fp32 of uint8 images."""
+    def forward(
+        self, images_BCHW: Tensor, valid_B: Tensor | None = None, unit: bool = True
+    ) -> Tensor:
+        """Features [B, D] fp32 of uint8 images, of unit length or as the projector gives them."""
         prompts = None if self.prompts is None else self.prompts.view_as(self.prompts)
         features = self.tower(images_BCHW, prompts).float()
         if self.tower.dtype == torch.float16 and prompts is not None and prompts.requires_grad:
             _scale_between(features, prompts)
-        return F.normalize(self.projector(features, valid_B), dim=-1)
+        x_BD = self.projector(features, valid_B)
+        return F.normalize(x_BD, dim=-1) if unit else x_BD
 
 
 def _leave_out_frozen(

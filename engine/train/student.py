@@ -20,9 +20,11 @@ from torch.nn import functional as F
 
 from engine.clip.prompts import PromptedTower
 from engine.config import TrainConfig
-from engine.labels.targets import Targets, on_device, unpack
+from engine.labels.targets import Targets, on_device
 from engine.train.schedule import effective_weight, learning_rate
-from kernels.reference import cosine_distance, feature_distance, kl_divergence, logits
+from kernels.cosine import gram
+from kernels.kl import Features, Logits, distillation
+from kernels.reference import feature_distance
 
 __all__ = ["StudentTrainer"]
 
@@ -53,7 +55,8 @@ class StudentTrainer:
         self._w_ND, self._scale, self._config = w_ND, scale, config
         self._teacher_scale = teacher_scale
         self._total_steps, self._rate = total_steps, 0.5**rollbacks
-        self._kl_weight = effective_weight(config, len(w_ND)) * config.temperature**2
+        self._kl_weight = effective_weight(config, len(w_ND))
+        self._gram = gram(w_ND) if config.cosine_weight else None
         self._finite = torch.ones((), dtype=torch.bool, device=w_ND.device)
         params = [p for p in student.parameters() if p.requires_grad]
         for param in params:
@@ -108,32 +111,39 @@ class StudentTrainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
 
-        tau = self._config.temperature
-        u_BD = self.engine(images_BCHW, valid_B)
+        x_BD = self.engine(images_BCHW, valid_B, unit=False)
         # Here, before the batch norm's collectives would carry it to the other workers, and below.
-        u_BD.register_hook(self._keep_finite)
-        student_logits_BN = logits(u_BD, self._w_ND, self._scale / tau)
-        # Rows that are not valid may hold anything, and 0 * nan is nan, in gradients too.
-        values_BX = torch.where(valid_B[:, None], targets.values_BX, 0)
-        teacher_logits_BN = unpack(targets.form, values_BX, self._w_ND, self._teacher_scale) / tau
-        kl = (mask * kl_divergence(teacher_logits_BN, student_logits_BN)).sum()
-        loss = self._kl_weight * kl if self._kl_weight else torch.zeros_like(kl)
-        if weight := self._config.cosine_weight:
-            distance_B = cosine_distance(teacher_logits_BN, student_logits_BN)
-            loss = loss + weight * (mask * distance_B).sum()
+        x_BD.register_hook(self._keep_finite)
+        told = targets.values_BX
+        losses = distillation(
+            x_BD,
+            Features(told, self._teacher_scale) if targets.form == "features" else Logits(told),
+            self._w_ND,
+            self._scale,
+            temperature=self._config.temperature,
+            kl_weight=self._kl_weight,
+            cosine_weight=self._config.cosine_weight,
+            gram=self._gram,
+            weight_B=mask,
+            impl=self._config.kernels,
+        )
+        loss, kl = losses.loss_B.sum(), losses.kl_B.sum()
         if weight := self._config.feature_weight:
             assert targets.form == "features"
-            teacher_u_BD = F.normalize(values_BX.float(), dim=-1)
-            distance_B = feature_distance(teacher_u_BD, u_BD, self._config.feature)
+            # Rows that are not valid may hold anything, and 0 * nan is nan, in gradients too.
+            told_u_BD = F.normalize(torch.where(valid_B[:, None], told, 0).float(), dim=-1)
+            distance_B = feature_distance(
+                told_u_BD, F.normalize(x_BD, dim=-1), self._config.feature
+            )
             loss = loss + weight * (mask * distance_B).sum()
         self._finite.copy_(torch.isfinite(kl + loss))
         # DeepSpeed averages gradients over workers; the mean is to be over images.
         self.engine.backward(loss * dist.get_world_size() / everyone.clamp(min=1))
         self.engine.step()
-        agree = (student_logits_BN.argmax(-1) == teacher_logits_BN.argmax(-1)) & valid_B
-        told = torch.stack([count, kl.detach(), agree.sum().float(), loss.detach()])
-        told = torch.where(self._finite, told, 0)
-        return torch.cat([told, (~self._finite).float()[None]])
+        agree = (losses.top_s_B == losses.top_t_B) & valid_B
+        sums = torch.stack([count, kl, agree.sum().float(), loss.detach()])
+        sums = torch.where(self._finite, sums, 0)
+        return torch.cat([sums, (~self._finite).float()[None]])
 
     def _keep_finite(self, gradient: Tensor) -> Tensor:
         """Keeps nan and infinity from the optimizer, without waiting for the GPU to answer."""

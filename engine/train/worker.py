@@ -5,7 +5,7 @@ It needs Ray only where the run streams its labels, and runs as well under torch
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,12 +26,15 @@ from engine.data.views import ViewPolicy
 from engine.labels.pool import Assignment
 from engine.labels.sources import Place, source_of
 from engine.labels.targets import Targets, TargetSource, unpack
+from engine.progress import say
 from engine.train import checkpoint, rollback
 from engine.train.evaluate import Model, Score, evaluate, zero_shot
 from engine.train.health import Collapse
 from engine.train.ledger import Ledger, Spoilt
 from engine.train.loop import Trained, kept, merged, train
 from engine.train.selection import Selection
+from kernels.kl import Impl, chosen
+from kernels.trial import trial
 
 if TYPE_CHECKING:
     from engine.train.student import StudentTrainer
@@ -79,6 +82,7 @@ class _Worker:
         self.clip = load_clip(config.student.model, config.student.weights, "student.")
         self.clip.image.to(device, DTYPES[config.student.precision])
         self.w_ND = torch.from_numpy(self.classes.vectors).to(device)
+        self.kernels = _kernels(config.train.kernels, self.w_ND)
         self.corpora = open_corpora(config.corpus)
         self.order = Order(
             self.corpora["shards"].blocks,
@@ -190,7 +194,7 @@ class _Worker:
             self.w_ND,
             self.clip.logit_scale,
             self.classes.logit_scale,
-            config.train,
+            replace(config.train, kernels=self.kernels),
             config.student.zero_stage,
             config.train.passes * self.order.steps,
             rollbacks,
@@ -263,6 +267,18 @@ class _Worker:
             logit_scale=self.clip.logit_scale,
             pixels=self.clip.image.pixels,
         )
+
+
+def _kernels(asked: Impl, w_ND: Tensor) -> Impl:
+    """What computes the losses on this worker's device: what was asked for, if it works here."""
+    impl = chosen(asked, w_ND.device)
+    why = trial(w_ND, impl) if impl == "triton" else ""
+    if not why:
+        return impl
+    if asked == "triton":
+        raise UserError(f"train.kernels: triton fails on {w_ND.device}: {why}")
+    say(f"warning: losses by torch, since Triton's kernels fail on {w_ND.device}: {why}")
+    return "torch"
 
 
 def _require_one_start(start: tuple[int, int], world: int) -> None:
