@@ -1,9 +1,11 @@
 """How many teachers there are, and where."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import ray
+from distributed import run_apart
 from domains import config_of, write_domain
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,23 +78,28 @@ def test_one_more_teacher_is_started_for_a_student_that_waits(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_teachers_are_spread_over_the_machines_of_a_cluster(tmp_path, monkeypatch):
-    """Two of them, as Ray's own tests make them: processes of this machine, 4 and 2 CPUs large."""
-    domain = write_domain(tmp_path / "domain")
+def test_teachers_are_spread_over_the_machines_of_a_cluster(tmp_path):
+    """Two of them, as Ray's own tests make them: processes of this machine, 4 and 2 CPUs large.
+    Apart from the other tests, whose cluster this process may be in."""
+    run_apart(spread_over_two_machines, tmp_path)
+
+
+def spread_over_two_machines(folder: Path) -> None:
+    domain = write_domain(folder / "domain")
     asked: list[str] = []
 
     def started(told, roster, node):
         asked.append(node)
         return start_teacher(told, roster, node)
 
-    monkeypatch.setattr(scaling, "start_teacher", started)
+    scaling.start_teacher = started
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
     try:
         cluster.add_node(num_cpus=2)
         ray.init(address=cluster.address, log_to_driver=False)
         sizes = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()}
         flags = ["--targets.source", "stream", "--teacher.actors", "3"]
-        summary = distill(config_of(domain, tmp_path, "run", *flags))
+        summary = distill(config_of(domain, folder, "run", *flags))
         assert Counter(sizes[node] for node in asked) == {4: 2, 2: 1}
         assert summary["labels"]["teachers"] == 3
     finally:
