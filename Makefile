@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test test-all lint types constraints clean
+.PHONY: quickstart test test-all gpu-test bench-gpu lint types constraints clean
 
 quickstart: .venv/.ready
 	$(BIN)/promptkd quickstart
@@ -13,6 +13,14 @@ test: .venv/.ready
 
 test-all: .venv/.ready
 	$(BIN)/pytest -q
+
+# On a machine with a GPU.
+gpu-test: .venv/.ready
+	$(BIN)/pytest -q -m gpu
+	$(BIN)/pytest -q tests/test_kl.py tests/test_cosine.py tests/test_triton_kl.py
+
+bench-gpu: .venv/.ready
+	$(BIN)/python benchmarks/bench_kernels.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

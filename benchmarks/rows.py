@@ -10,7 +10,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -28,13 +28,14 @@ class Bench:
 
     def __init__(self, name: str) -> None:
         self._file = RESULTS / f"{name}.csv"
-        sha, dirty = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain")
+        sha = git("rev-parse", "--short=12", "HEAD")
+        dirty = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
         self._common = {
             "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M"),
             "git_sha": f"{sha}{'+' if dirty else ''}",
             "device": device(),
             "bench": name,
-            "versions": " ".join(f"{package}={version(package)}" for package in PACKAGES),
+            "versions": versions(),
         }
 
     def add(
@@ -66,7 +67,7 @@ class Bench:
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        print(f"{case:<24}{provider:<12}{metric:<20}{middle:>12.6g} {unit}  (n={len(values)})")
+        print(f"{case:<24}{provider:<16}{metric:<20}{middle:>12.6g} {unit}  (n={len(values)})")
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -75,6 +76,17 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return cuts[1], statistics.median(values), cuts[7]
+
+
+def versions() -> str:
+    """Of the packages that are installed: a benchmark may need but some."""
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package}={version(package)}")
+        except PackageNotFoundError:
+            continue
+    return " ".join(found)
 
 
 def device() -> str:
