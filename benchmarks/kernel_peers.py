@@ -166,7 +166,7 @@ def _online(tile: int) -> Make:
         (o_t_BD, o_s_BD), lse_R1 = o_RD.div_(sum_R1).chunk(2), most_R1 + sum_R1.log()
         lse_t_B1, lse_s_B1 = lse_R1.chunk(2)
         kl_B = (scale * (u_BD - unit_BD) * o_t_BD).sum(-1) + (lse_s_B1 - lse_t_B1)[:, 0]
-        dx_BD = through_unit(scale * (o_s_BD - o_t_BD), unit_BD, norm_B1)
+        dx_BD = through_unit(scale * (o_s_BD - o_t_BD), x_BD.detach(), norm_B1)
         return _Given.apply(x_BD, kl_B, dx_BD)
 
     return _made(loss)
@@ -187,7 +187,7 @@ def _rows(tile: int) -> Make:
             p_t = log_t.exp()
             kl_B[rows] = (log_t.sub_(log_s) * p_t).sum(-1)
             torch.mm(log_s.exp_().sub_(p_t), w_ND, out=g_BD[rows])
-        return _Given.apply(x_BD, kl_B, through_unit(g_BD.mul_(scale), unit_BD, norm_B1))
+        return _Given.apply(x_BD, kl_B, through_unit(g_BD.mul_(scale), x_BD.detach(), norm_B1))
 
     return _made(loss)
 

@@ -104,7 +104,7 @@ def _op(x_BD: Tensor, u_BD: Tensor, root_JD: Tensor, wants: bool) -> tuple[Tenso
         told_B, g_BD = against_features(unit_BD, u_BD, root_JD)
         if not wants:
             return told_B, g_BD.new_empty(0, g_BD.shape[1])
-        return told_B, through_unit(g_BD, unit_BD, norm_B1)
+        return told_B, through_unit(g_BD, x_BD, norm_B1)
 
 
 @_op.register_fake

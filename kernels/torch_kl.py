@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.reference import wide
 from kernels.tiles import by_tiles, tiles
-from kernels.unit import through_unit, unit
+from kernels.unit import length, through_unit
 
 __all__ = ["dense", "expected", "features", "given", "top"]
 
@@ -37,9 +37,12 @@ def features(
         memory: Tensor, x_RD: Tensor, u_RD: Tensor, weight_R: Tensor, extra_RD: Tensor
     ) -> tuple[Tensor, ...]:
         student = _Student.of(x_RD, scale, weight_R, extra_RD, kl_weight)
-        query_RD = torch.cat([scale * student.unit_RD, teacher_scale * unit(u_RD)[0]])
-        z_RN, t_RN = torch.mm(query_RD, w_ND.T, out=memory).chunk(2)
-        return _against(z_RN, t_RN, student, w_ND, gradient)
+        query_SRD = w_ND.new_empty(2, *x_RD.shape)
+        torch.mul(student.x_RD, scale / student.norm_R1, out=query_SRD[0])
+        torch.mul(wide(u_RD), teacher_scale / length(u_RD), out=query_SRD[1])
+        torch.mm(query_SRD.flatten(0, 1), w_ND.T, out=memory)
+        R = len(x_RD)
+        return _against(memory[:R], memory[R:], student, w_ND, gradient)
 
     kl_B, dx_BD, top_s_B, top_t_B = by_tiles(work, w_ND, 2, x_BD, u_BD, weight_B, extra_BD)
     return kl_B, dx_BD, top_s_B, top_t_B
@@ -62,8 +65,8 @@ def dense(
         memory: Tensor, x_RD: Tensor, told_RN: Tensor, weight_R: Tensor, extra_RD: Tensor
     ) -> tuple[Tensor, ...]:
         student = _Student.of(x_RD, scale, weight_R, extra_RD, kl_weight)
-        z_RN, t_RN = memory.chunk(2) if len(memory) else (memory, memory)
-        torch.mm(scale * student.unit_RD, w_ND.T, out=z_RN)
+        z_RN, t_RN = memory[: len(x_RD)], memory[len(x_RD) :]
+        torch.mm(student.query(), w_ND.T, out=z_RN)
         return _against(z_RN, t_RN.copy_(told_RN).mul_(factor), student, w_ND, gradient)
 
     kl_B, dx_BD, top_s_B, top_t_B = by_tiles(work, w_ND, 2, x_BD, z_BN, weight_B, extra_BD)
@@ -78,15 +81,16 @@ def _against(
     tops = [torch.empty_like(kl_R, dtype=torch.long) for _ in range(2)]
     for rows in tiles(len(z_RN), z_RN.shape[1], z_RN.device, cached=True):
         z, t = z_RN[rows], t_RN[rows]
-        for tile, top_R in zip((z, t), tops, strict=True):
-            peak_R1, top_R[rows] = _peak(tile)
-            tile.sub_(peak_R1)
-        ahead = t - z
-        sum_s, sum_t = (tile.exp_().sum(-1, keepdim=True) for tile in (z, t))
-        t.div_(sum_t)
-        kl_R[rows] = ahead.mul_(t).sum(-1) + (sum_s.log() - sum_t.log())[:, 0]
+        (peak_s, top_s), (peak_t, top_t) = _peak(z), _peak(t)
+        ahead = t.add_(peak_s - peak_t) - z  # no larger than it need be
+        p_s, p_t = torch.softmax(z, dim=-1), torch.softmax(t, dim=-1)
+        # The log of a sum of exponentials less the largest logit is that of 1 / its probability.
+        log_s, log_t = (p.gather(-1, top)[:, 0].log() for p, top in ((p_s, top_s), (p_t, top_t)))
+        kl_R[rows] = torch.linalg.vecdot(p_t, ahead) + log_t - log_s
         if gradient:
-            z.div_(sum_s).sub_(t)
+            torch.sub(p_s, p_t, out=z)
+        for top_R, top_R1 in zip(tops, (top_s, top_t), strict=True):
+            top_R[rows] = top_R1[:, 0]
     return *student.told(kl_R, z_RN @ w_ND if gradient else None), *tops
 
 
@@ -114,9 +118,9 @@ def given(
         extra_RD: Tensor,
     ) -> tuple[Tensor, ...]:
         student = _Student.of(x_RD, scale, weight_R, extra_RD, kl_weight)
-        query_RD = scale * student.unit_RD
+        query_RD = student.query()
         own_R, top_R = _softmax(torch.mm(query_RD, w_ND.T, out=memory))
-        kl_R = dot_R - (query_RD * o_RD).sum(-1) - (lse_R - own_R)
+        kl_R = dot_R - torch.linalg.vecdot(query_RD, o_RD) - (lse_R - own_R)
         return *student.told(kl_R, memory @ w_ND - o_RD if gradient else None), top_R
 
     columns = x_BD, o_BD, lse_B, dot_B, weight_B, extra_BD
@@ -128,10 +132,10 @@ def expected(x_BD: Tensor, w_ND: Tensor, scale: float) -> tuple[Tensor, Tensor, 
     w_ND = wide(w_ND)
 
     def work(memory: Tensor, x_RD: Tensor) -> tuple[Tensor, ...]:
-        query_RD = scale * unit(x_RD)[0]
+        query_RD = wide(x_RD) * (scale / length(x_RD))
         lse_R, top_R = _softmax(torch.mm(query_RD, w_ND.T, out=memory))
         o_RD = memory @ w_ND
-        return o_RD, lse_R, (query_RD * o_RD).sum(-1), top_R
+        return o_RD, lse_R, torch.linalg.vecdot(query_RD, o_RD), top_R
 
     o_BD, lse_B, dot_B, top_B = by_tiles(work, w_ND, 1, x_BD)
     return o_BD, lse_B, dot_B, top_B
@@ -143,10 +147,11 @@ def _softmax(z_RN: Tensor) -> tuple[Tensor, Tensor]:
     top_R = torch.empty_like(lse_R, dtype=torch.long)
     for rows in tiles(len(z_RN), z_RN.shape[1], z_RN.device, cached=True):
         z = z_RN[rows]
-        peak_R1, top_R[rows] = _peak(z)
-        sum_R1 = z.sub_(peak_R1).exp_().sum(-1, keepdim=True)
-        lse_R[rows] = (peak_R1 + sum_R1.log())[:, 0]
-        z.div_(sum_R1)
+        peak_R1, top_R1 = _peak(z)
+        p = torch.softmax(z, dim=-1)
+        lse_R[rows] = (peak_R1 - p.gather(-1, top_R1).log())[:, 0]
+        top_R[rows] = top_R1[:, 0]
+        z.copy_(p)
     return lse_R, top_R
 
 
@@ -174,8 +179,8 @@ def top(
         extra_RD: Tensor,
     ) -> tuple[Tensor, ...]:
         student = _Student.of(x_RD, scale, weight_R, extra_RD, kl_weight)
-        torch.mm(scale * student.unit_RD, w_ND.T, out=z_RN)
-        _, top_R = _peak(z_RN)
+        torch.mm(student.query(), w_ND.T, out=z_RN)
+        _, top_R1 = _peak(z_RN)
         log_p_RK, log_tail_R1 = wide(log_p_RK), wide(log_tail_R)[:, None]
         kept_RK = z_RN.gather(-1, classes_RK)
         z_RN.scatter_(-1, classes_RK, -torch.inf)
@@ -187,11 +192,11 @@ def top(
         log_q_RK, log_rest_R1 = kept_RK - lse_R1, others_R1 - lse_R1
         kl_R = _terms(log_p_RK, log_q_RK) + _terms(log_tail_R1, log_rest_R1)
         if not gradient:
-            return *student.told(kl_R, None), top_R
+            return *student.told(kl_R, None), top_R1[:, 0]
         rest_R1 = log_rest_R1.exp() - log_tail_R1.exp()
         z_RN.mul_(rest_R1 / sum_R1.clamp(min=limits.tiny))
         z_RN.scatter_(-1, classes_RK, log_q_RK.exp() - log_p_RK.exp())
-        return *student.told(kl_R, z_RN @ w_ND), top_R
+        return *student.told(kl_R, z_RN @ w_ND), top_R1[:, 0]
 
     columns = x_BD, log_p_BK, classes_BK, log_tail_B, weight_B, extra_BD
     kl_B, dx_BD, top_B = by_tiles(work, w_ND, 1, *columns)
@@ -207,7 +212,7 @@ def _terms(log_p_RK: Tensor, log_q_RK: Tensor) -> Tensor:
 class _Student(NamedTuple):
     """A tile's rows, and what weighs upon them."""
 
-    unit_RD: Tensor
+    x_RD: Tensor
     norm_R1: Tensor
     scale: float
     weight_R: Tensor | None
@@ -223,7 +228,11 @@ class _Student(NamedTuple):
         extra_RD: Tensor | None,
         kl_weight: float,
     ) -> "_Student":
-        return cls(*unit(x_RD), scale, weight_R, extra_RD, kl_weight)
+        return cls(wide(x_RD), length(x_RD), scale, weight_R, extra_RD, kl_weight)
+
+    def query(self) -> Tensor:
+        """Unit features times the scale."""
+        return self.x_RD * (self.scale / self.norm_R1)
 
     def told(self, kl_R: Tensor, g_RD: Tensor | None) -> tuple[Tensor, Tensor]:
         """With weights: KL, and with respect to x the gradient that is scale * g of the unit
@@ -232,20 +241,19 @@ class _Student(NamedTuple):
         if weight_R is not None:
             kl_R = torch.where(weight_R == 0, 0, weight_R * kl_R)
         if g_RD is None:
-            return kl_R, self.unit_RD[:0]
-        g_RD.mul_(self.kl_weight * self.scale)
-        if weight_R is not None:
-            g_RD.mul_(weight_R[:, None])
+            return kl_R, kl_R.new_empty(0, self.x_RD.shape[1])
+        factor = self.kl_weight * self.scale
+        g_RD.mul_(factor if weight_R is None else factor * weight_R[:, None])
         if self.extra_RD is not None:
             g_RD.add_(self.extra_RD)
-        dx_RD = through_unit(g_RD, self.unit_RD, self.norm_R1)
+        dx_RD = through_unit(g_RD, self.x_RD, self.norm_R1)
         if weight_R is not None:
             dx_RD = torch.where(weight_R[:, None] == 0, 0, dx_RD)
         return kl_R, dx_RD
 
 
 def _peak(z_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit [R, 1] and the first class [R] that has it. By blocks of classes, since
+    """The largest logit [R, 1] and the first class [R, 1] that has it. By blocks of classes, since
     torch's argmax takes several times as long on CPUs as its amax."""
     whole = z_RN.shape[1] // _BLOCK * _BLOCK
     parts = [z_RN[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)] if whole else []
@@ -255,4 +263,4 @@ def _peak(z_RN: Tensor) -> tuple[Tensor, Tensor]:
     first_R1 = block_R1 * _BLOCK
     classes_RK = first_R1 + torch.arange(_BLOCK, device=z_RN.device)
     its = z_RN.gather(-1, classes_RK.clamp(max=z_RN.shape[1] - 1))
-    return peak_R1, (first_R1 + its.argmax(-1, keepdim=True))[:, 0]
+    return peak_R1, first_R1 + its.argmax(-1, keepdim=True)

@@ -5,18 +5,23 @@ from torch import Tensor
 
 from kernels.reference import wide
 
-__all__ = ["through_unit", "unit"]
+__all__ = ["length", "through_unit", "unit"]
+
+
+def length(x_BD: Tensor) -> Tensor:
+    """Of rows [B, 1], fp32; as torch's normalize has it, at least 1e-12."""
+    return torch.linalg.vector_norm(wide(x_BD), dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def unit(x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length 1, and the lengths [B, 1] they had; fp32. As torch's normalize, a row that is
-    shorter than 1e-12 is divided by that."""
+    """Rows of length 1, fp32, and the lengths they had."""
+    norm_B1 = length(x_BD)
+    return wide(x_BD) / norm_B1, norm_B1
+
+
+def through_unit(g_BD: Tensor, x_BD: Tensor, norm_B1: Tensor) -> Tensor:
+    """The gradient with respect to x, of one with respect to x / |x|: only what turns x counts.
+    Works upon g."""
     x_BD = wide(x_BD)
-    norm_B1 = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True).clamp(min=1e-12)
-    return x_BD / norm_B1, norm_B1
-
-
-def through_unit(g_BD: Tensor, unit_BD: Tensor, norm_B1: Tensor) -> Tensor:
-    """The gradient with respect to x, of one with respect to x / |x|: only what turns x counts."""
-    along_B1 = (g_BD * unit_BD).sum(-1, keepdim=True)
-    return (g_BD - along_B1 * unit_BD) / norm_B1
+    along_B1 = torch.linalg.vecdot(g_BD, x_BD)[:, None] / norm_B1 / norm_B1
+    return g_BD.addcmul_(x_BD, along_B1, value=-1).div_(norm_B1)

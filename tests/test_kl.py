@@ -29,9 +29,9 @@ from kernels.kl import (
 )
 from kernels.tiles import CPU_PRODUCT
 
-# Half precision is of inputs alone, since all paths compute in fp32; gradients are rounded to it
-# once more.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# fp32 rounds a scale of 100 by 6e-6, and with it all logits of a row. Half precision is of inputs
+# alone, since all paths compute in fp32; gradients are rounded to it once more.
+TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 FORMS = ("features", "expected", "logits", "top")
 SHAPES = [(1, 2, 64), (7, 10, 512), (252, 507, 768), (7, 1203, 1024), (3, 21_841, 64)]
 SCALE, TEACHER_SCALE = 100.0, 60.0
@@ -101,7 +101,7 @@ def assert_true(
     ):
         dtype = x_BD.dtype if name == "dx" else torch.float32
         # A difference of terms that are as large as logits, or their scale.
-        size = max(true.abs().max().item(), 1e-3 * scale if name == "dx" else 0.1 * scale)
+        size = max(true.abs().max().item(), (0.01 if name == "dx" else 0.1) * scale)
         allowed = (by_eager - true).abs().max().item() + TOLERANCE[dtype] * size
         assert (by_ours - true).abs().max().item() <= allowed, name
     wrong = (ours.cosine_B - truth.cosine_B).abs().max()
@@ -158,7 +158,7 @@ def test_real_class_vectors_with_ties(data_folder, name):
         teacher = teacher_of(form, u, w, SCALE)
         truth = distillation(x.double(), doubled(teacher), w.double(), SCALE, impl="reference")
         ours = distillation(x, teacher, w, SCALE, impl="torch")
-        torch.testing.assert_close(ours.kl_B.double(), truth.kl_B, rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(ours.kl_B.double(), truth.kl_B, rtol=1e-5, atol=1e-4)
         # Of equal class vectors either may be the top.
         tops = ours.top_s_B, truth.top_s_B
         z = SCALE * F.normalize(x.double(), dim=-1) @ w.double().T

@@ -11,6 +11,7 @@ from distributed import run_distributed
 from parity import DEPTH, Parity, assert_near
 from ray.train.torch import TorchTrainer
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.clip.class_vectors import encode_classes, own_templates
 from engine.clip.prompts import PromptedTower
@@ -62,7 +63,9 @@ def take_two_steps(
     for name, param in student.named_parameters():
         param.register_hook(lambda g, name=name: gradients[-1].__setitem__(name, g.clone()))
     features: list[Tensor] = []
-    student.register_forward_hook(lambda module, given, result: features.append(result.detach()))
+    student.register_forward_hook(
+        lambda module, given, result: features.append(F.normalize(result.detach(), dim=-1))
+    )
     trainer = StudentTrainer(student, w, clip.logit_scale, 1.0, PAPER, 1, STEPS)
     mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
     tallies = []
