@@ -110,7 +110,8 @@ def distillation(
     scale: the student's logit scale; both scales are divided by the temperature.
     gram: of W, which `cosine_weight` needs, with a teacher by Features or Logits; if it is not
         centred, these may not be shifted.
-    weight_B: a factor of every image. Of an image of weight 0 everything is 0, whatever it holds.
+    weight_B: a factor of every image. Of an image of weight 0 all losses and the gradient are 0,
+        whatever it holds, and the top classes mean nothing.
 
     Raises ValueError where the cosine is asked of a teacher that does not say enough, and
     RuntimeError where `impl = "triton"` cannot be: on a device, or in fp64.

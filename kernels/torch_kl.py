@@ -180,22 +180,24 @@ def top(
     ) -> tuple[Tensor, ...]:
         student = _Student.of(x_RD, scale, weight_R, extra_RD, kl_weight)
         torch.mm(student.query(), w_ND.T, out=z_RN)
-        _, top_R1 = _peak(z_RN)
+        most_R1, top_R1 = _peak(z_RN)
         log_p_RK, log_tail_R1 = wide(log_p_RK), wide(log_tail_R)[:, None]
-        kept_RK = z_RN.gather(-1, classes_RK)
+        kept_RK = z_RN.gather(-1, classes_RK) - most_R1
         z_RN.scatter_(-1, classes_RK, -torch.inf)
         limits = torch.finfo(z_RN.dtype)
         peak_R1 = z_RN.amax(-1, keepdim=True).clamp(min=limits.min)  # if all classes are kept
         sum_R1 = z_RN.sub_(peak_R1).exp_().sum(-1, keepdim=True)
-        others_R1 = peak_R1 + sum_R1.log()
+        others_R1 = peak_R1 - most_R1 + sum_R1.log()
         lse_R1 = torch.logaddexp(others_R1, kept_RK.logsumexp(-1, keepdim=True))
         log_q_RK, log_rest_R1 = kept_RK - lse_R1, others_R1 - lse_R1
         kl_R = _terms(log_p_RK, log_q_RK) + _terms(log_tail_R1, log_rest_R1)
         if not gradient:
             return *student.told(kl_R, None), top_R1[:, 0]
-        rest_R1 = log_rest_R1.exp() - log_tail_R1.exp()
+        p_RK, tail_R1 = log_p_RK.exp(), log_tail_R1.exp()
+        all_R1 = p_RK.sum(-1, keepdim=True) + tail_R1  # 1 but for rounding, which may be half's
+        rest_R1 = all_R1 * log_rest_R1.exp() - tail_R1
         z_RN.mul_(rest_R1 / sum_R1.clamp(min=limits.tiny))
-        z_RN.scatter_(-1, classes_RK, log_q_RK.exp() - log_p_RK.exp())
+        z_RN.scatter_(-1, classes_RK, all_R1 * log_q_RK.exp() - p_RK)
         return *student.told(kl_R, z_RN @ w_ND), top_R1[:, 0]
 
     columns = x_BD, log_p_BK, classes_BK, log_tail_B, weight_B, extra_BD
