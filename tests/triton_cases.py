@@ -25,11 +25,12 @@ def rows(*shape: int, seed: int, dtype: torch.dtype = torch.float32, length: flo
 
 def case(B: int, N: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Student's features, the teacher's, and class vectors: these with a mutual cosine of 0.7, and
-    the features near some of them."""
+    the features between two of them, lest the softmax be certain, and KL less than rounding."""
     w_ND = F.normalize(rows(1, D, seed=0) + 0.65 * rows(N, D, seed=1), dim=-1)
-    near = w_ND[torch.arange(B, device=DEVICE) % N]
-    x_BD = 7 * (near + 0.7 * rows(B, D, seed=2))
-    u_BD = near + 0.6 * rows(B, D, seed=3)
+    first = torch.arange(B, device=DEVICE) % N
+    between = w_ND[first] + w_ND[(first + 1) % N]
+    x_BD = 7 * (between + 2 * rows(B, D, seed=2))
+    u_BD = between + 2 * rows(B, D, seed=3)
     return x_BD.to(dtype), u_BD.to(dtype), w_ND.to(dtype)
 
 
