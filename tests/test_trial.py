@@ -21,6 +21,21 @@ def test_a_path_that_works(classes):
         assert trial(class_vectors(classes), impl) == ""
 
 
+def test_tries_what_a_run_may_come_to(monkeypatch):
+    """Triton goes another way with few images, and a teacher may tell features or logits."""
+    told = []
+    for name in ("features", "dense"):
+        right = getattr(torch_kl, name)
+
+        def heard(*args, name=name, right=right):
+            told.append((name, len(args[0]), args[3] is not None))
+            return right(*args)
+
+        monkeypatch.setattr(torch_kl, name, heard)
+    assert trial(class_vectors(), "torch") == ""
+    assert told == [(name, B, True) for B in (64, 65) for name in ("features", "dense")]
+
+
 def test_a_path_that_fails_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "which is no GPU" in trial(class_vectors(), "triton")

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import reference, triton_kl, triton_pass, triton_rows
+from kernels.trial import trial
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALGORITHMS = (triton_kl.features_by_pass, triton_kl.features_by_products)
@@ -277,3 +278,12 @@ def test_features_go_by_products_while_classes_are_few():
         triton_kl.features(x_BD, *told), triton_kl.features_by_products(x_BD, *told), strict=True
     ):
         assert torch.equal(our, its)
+
+
+def test_a_run_may_trust_it(monkeypatch):
+    """By the operation, with weights, and both algorithms: the second once there are 65 images."""
+    _, _, w_ND = case(1, 40, 64, torch.float32)
+    monkeypatch.setitem(triton_kl.CLASSES, torch.float32, 40)
+    assert triton_kl.one_pass(65, 40, 64, torch.float32)
+    assert not triton_kl.one_pass(64, 40, 64, torch.float32)
+    assert trial(w_ND, "triton") == ""
