@@ -109,8 +109,8 @@ def _op(x_BD: Tensor, u_BD: Tensor, root_JD: Tensor, wants: bool) -> tuple[Tenso
 
 @_op.register_fake
 def _(x_BD: Tensor, u_BD: Tensor, root_JD: Tensor, wants: bool) -> tuple[Tensor, Tensor]:
-    like = wide(x_BD)
-    return like.new_empty(len(x_BD)), like.new_empty(len(x_BD) if wants else 0, x_BD.shape[1])
+    images, like = x_BD.shape[0], wide(x_BD)  # of a tensor, len() would be a constant
+    return like.new_empty(images), like.new_empty(images if wants else 0, x_BD.shape[1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

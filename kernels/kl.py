@@ -330,7 +330,7 @@ def _(
     wants: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    images, like = len(x_BD), wide(x_BD)
+    images, like = x_BD.shape[0], wide(x_BD)  # of a tensor, len() would be a constant
     told = [like.new_empty(images) for _ in range(3)]
     dx_BD = like.new_empty(images if wants else 0, x_BD.shape[1])
     known = form in ("Expected", "Top")
@@ -362,6 +362,7 @@ def _expected(
 @_expected.register_fake
 def _(x_BD: Tensor, w_ND: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = wide(x_BD)
-    told = [like.new_empty(len(x_BD)) for _ in range(2)]
-    o_BD = like.new_empty(len(x_BD), w_ND.shape[1])
-    return o_BD, *told, like.new_empty(len(x_BD), dtype=torch.long)  # type: ignore[return-value]
+    images = x_BD.shape[0]
+    told = [like.new_empty(images) for _ in range(2)]
+    o_BD = like.new_empty(images, w_ND.shape[1])
+    return o_BD, *told, like.new_empty(images, dtype=torch.long)  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import torch_kl
-from kernels.cosine import gram
+from kernels.cosine import cosine_distance, gram
 from kernels.kl import (
     Features,
     Logits,
@@ -305,6 +305,24 @@ def test_is_one_operation_for_the_compiler():
         value.backward()
         results += [value.detach(), leaf.grad]
     torch.testing.assert_close(results[:2], results[2:])
+
+
+def test_is_compiled_once_for_all_batches():
+    _, _, w = case(1, 31, 16)
+    root = gram(w)
+
+    def loss(x: Tensor, u: Tensor) -> Tensor:
+        told = distillation(x, Features(u, SCALE), w, SCALE, impl="torch")
+        return (
+            told.loss_B.sum() + cosine_distance(x, expected(u, w, SCALE, "torch").o_BD, root).sum()
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for images in (5, 6, 9):
+        x, u, _ = case(images, 31, 16)
+        torch._dynamo.mark_dynamic(x, 0)  # raises where it is not
+        torch._dynamo.mark_dynamic(u, 0)
+        torch.testing.assert_close(compiled(x.requires_grad_(), u), loss(x, u))
 
 
 @pytest.mark.parametrize("form", FORMS)
