@@ -116,11 +116,15 @@ def _(x_BD: Tensor, u_BD: Tensor, root_JD: Tensor, wants: bool) -> tuple[Tensor,
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # or zeros are made for every other output, [B, D] too
 
 
-def _backward(ctx: Any, grad_B: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(
+    ctx: Any, grad_B: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, None, None, None]:
     (dx_BD,) = ctx.saved_tensors
-    return (grad_B[:, None] * dx_BD).to(ctx.dtype), None, None, None
+    told = None if grad_B is None else (grad_B[:, None] * dx_BD).to(ctx.dtype)
+    return told, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_keep)

@@ -341,11 +341,13 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtype, ctx.tensors = inputs[0].dtype, len(inputs[1])
     ctx.save_for_backward(output[3])
+    ctx.set_materialize_grads(False)  # or zeros are made for every other output, [B, D] too
 
 
-def _backward(ctx: Any, grad_B: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_B: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     (dx_BD,) = ctx.saved_tensors
-    return (grad_B[:, None] * dx_BD).to(ctx.dtype), [None] * ctx.tensors, *[None] * 11
+    told = None if grad_B is None else (grad_B[:, None] * dx_BD).to(ctx.dtype)
+    return told, [None] * ctx.tensors, *[None] * 11
 
 
 _op.register_autograd(_backward, setup_context=_keep)
