@@ -113,12 +113,13 @@ def distillation(
     weight_B: a factor of every image. Of an image of weight 0 all losses and the gradient are 0,
         whatever it holds, and the top classes mean nothing.
 
-    Raises ValueError where the cosine is asked of a teacher that does not say enough, and
-    RuntimeError where `impl = "triton"` cannot be: on a device, or in fp64.
+    Raises ValueError where the cosine is asked of a teacher that does not say enough, or shapes do
+    not fit, and RuntimeError where `impl = "triton"` cannot be: on a device, or in fp64.
     """
-    impl = chosen(impl, x_BD.device, w_ND.dtype)
+    impl = chosen(impl, x_BD.device, torch.promote_types(x_BD.dtype, w_ND.dtype))
     if cosine_weight and (gram is None or isinstance(teacher, Expected | Top)):
         raise ValueError("a cosine needs a gram, and a teacher by Features or Logits")
+    _require_fit(x_BD, teacher, w_ND, weight_B)
     run = _by_definition if impl == "reference" else _by_op
     task = _Task(
         scale / temperature,
@@ -129,7 +130,11 @@ def distillation(
         impl,
     )
     loss_B, kl_B, cosine_B, top_s_B, top_t_B = run(
-        x_BD, _detached(teacher), w_ND.detach(), weight_B, task
+        x_BD,
+        _detached(teacher),
+        w_ND.detach(),
+        None if weight_B is None else weight_B.detach(),
+        task,
     )
     return Losses(loss_B, kl_B.detach(), cosine_B.detach(), top_s_B, top_t_B)
 
@@ -144,7 +149,7 @@ def reduced(
 def expected(x_BD: Tensor, w_ND: Tensor, scale: float, impl: Impl = "auto") -> Expected:
     """What KL needs of a teacher, from its features of any length, in one pass over W. No
     gradient. `scale` is divided by the temperature already."""
-    impl = chosen(impl, x_BD.device, w_ND.dtype)
+    impl = chosen(impl, x_BD.device, torch.promote_types(x_BD.dtype, w_ND.dtype))
     if impl == "reference":
         u_BD = F.normalize(wide(x_BD), dim=-1)
         z_BN = reference.logits(u_BD, w_ND, scale)
@@ -179,6 +184,14 @@ def chosen(
     if impl == "triton" and lacks:
         raise RuntimeError(f'impl = "triton" {lacks}')
     return impl
+
+
+def _require_fit(x_BD: Tensor, teacher: Teacher, w_ND: Tensor, weight_B: Tensor | None) -> None:
+    (images, width), rows = x_BD.shape, [t for t in (*teacher, weight_B) if isinstance(t, Tensor)]
+    told = width if isinstance(teacher, Top) else teacher[0].shape[1]
+    its = w_ND.shape[0] if isinstance(teacher, Logits) else width
+    if w_ND.shape[1] != width or told != its or any(t.shape[0] != images for t in rows):
+        raise ValueError("x is [B, D] and w [N, D], with B rows of the teacher and B weights")
 
 
 class _Task(NamedTuple):

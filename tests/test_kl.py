@@ -393,6 +393,10 @@ def test_what_is_chosen_is_kept_or_refused(monkeypatch):
     with pytest.raises(RuntimeError, match='"triton" on cpu'):
         chosen("triton", cpu)
     x, u, w = case(2, 5, 8)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match='"triton" in fp64'):
+        distillation(x.double(), Features(u, SCALE), w, SCALE, impl="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match='"triton" on cpu'):
         distillation(x, Features(u, SCALE), w, SCALE, impl="triton")
 
@@ -404,3 +408,27 @@ def test_cosine_of_a_teacher_who_does_not_say_enough():
             distillation(x, teacher, w, SCALE, cosine_weight=1.0, gram=gram(w))
     with pytest.raises(ValueError, match="needs a gram"):
         distillation(x, Features(u, SCALE), w, SCALE, cosine_weight=1.0)
+
+
+def test_shapes_that_do_not_fit():
+    """Else kernels would read past the end of the one that is shorter."""
+    x, u, w = case(4, 5, 8)
+    teacher, short = Features(u, SCALE), torch.ones(2)
+    for x_, teacher_, weight in (
+        (x, Features(u[:3], SCALE), None),
+        (x, Features(u[:, 1:], SCALE), None),
+        (x, Logits(torch.ones(4, 6)), None),
+        (x, teacher, short),
+        (x[:3], teacher, None),
+        (x[:, 1:], teacher, None),
+    ):
+        with pytest.raises(ValueError, match="with B rows"):
+            distillation(x_, teacher_, w, SCALE, weight_B=weight)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_weights_take_no_gradient(impl):
+    x, u, w = case(2, 5, 8)
+    weight = torch.ones(2, requires_grad=True)
+    losses = distillation(x, Features(u, SCALE), w, SCALE, weight_B=weight, impl=impl)
+    assert not losses.loss_B.requires_grad
