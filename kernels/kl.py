@@ -17,19 +17,17 @@ features of any length. W takes no gradient, nor does the teacher. O is fp32: O_
 Letters are those of `reference`.
 """
 
-import importlib
 import importlib.util
 import os
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import cosine, reference
+from kernels import operation, reference
 from kernels.cosine import Gram
 from kernels.reference import wide
-from kernels.unit import unit
 
 __all__ = [
     "Expected",
@@ -46,6 +44,7 @@ __all__ = [
 ]
 
 Impl = Literal["auto", "reference", "torch", "triton"]
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class Features(NamedTuple):
@@ -86,7 +85,7 @@ class Losses(NamedTuple):
 
     loss_B: Tensor  # weight * (kl_weight * temperature^2 * KL + cosine_weight * distance)
     kl_B: Tensor  # weight * KL, in nats, at the temperature
-    cosine_B: Tensor  # weight * cosine distance; 0 where none is asked for
+    cosine_B: Tensor | None  # weight * cosine distance, where it is asked for
     top_s_B: Tensor  # class of the student's largest logit
     top_t_B: Tensor
 
@@ -107,6 +106,7 @@ def distillation(
     """What is lost where a student says `x` and its teacher what it says.
 
     x_BD: the student's features, of any length; fp64, fp32, bf16 or fp16.
+    w_ND: class vectors. Triton rounds features to their dtype; elsewhere half precision is widened.
     scale: the student's logit scale; both scales are divided by the temperature.
     gram: of W, which `cosine_weight` needs, with a teacher by Features or Logits; if it is not
         centred, these may not be shifted.
@@ -133,10 +133,11 @@ def distillation(
         x_BD,
         _detached(teacher),
         w_ND.detach(),
-        None if weight_B is None else weight_B.detach(),
+        None if weight_B is None else weight_B.detach().to(wide(x_BD).dtype),
         task,
     )
-    return Losses(loss_B, kl_B.detach(), cosine_B.detach(), top_s_B, top_t_B)
+    told_B = cosine_B.detach() if task.gram else None
+    return Losses(loss_B, kl_B.detach(), told_B, top_s_B, top_t_B)
 
 
 def reduced(
@@ -156,7 +157,7 @@ def expected(x_BD: Tensor, w_ND: Tensor, scale: float, impl: Impl = "auto") -> E
         o_BD = torch.softmax(z_BN, dim=-1) @ wide(w_ND)
         dot_B = scale * (u_BD * o_BD).sum(-1)
         return Expected(o_BD, z_BN.logsumexp(dim=-1), dot_B, z_BN.argmax(dim=-1))
-    return Expected(*torch.ops.promptkd.expected(x_BD, w_ND, scale, impl))
+    return Expected(*operation.expected(x_BD, w_ND, scale, impl))
 
 
 def top_of(z_BN: Tensor, classes: int, temperature: float = 1.0) -> Top:
@@ -173,7 +174,7 @@ def chosen(
     """What `auto` is on a device; an explicit choice stays what it is, or RuntimeError tells why it
     cannot be."""
     lacks = ""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         lacks = "without Triton"
     elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         lacks = f"on {device}, which is no GPU"
@@ -256,7 +257,7 @@ def _by_op(
     x_BD: Tensor, teacher: Teacher, w_ND: Tensor, weight_B: Tensor | None, task: _Task
 ) -> tuple[Tensor, ...]:
     teacher_scale = teacher.scale if isinstance(teacher, Features) else 1.0
-    loss_B, kl_B, cosine_B, _, top_s_B, top_t_B = torch.ops.promptkd.distillation(
+    loss_B, kl_B, cosine_B, _, top_s_B, top_t_B = operation.distillation(
         x_BD,
         [t for t in teacher if isinstance(t, Tensor)],
         w_ND,
@@ -274,110 +275,3 @@ def _by_op(
     if isinstance(teacher, Expected | Top):
         top_t_B = _class_of(teacher)
     return loss_B, kl_B, cosine_B, top_s_B, top_t_B
-
-
-def _path(impl: str) -> Any:
-    return importlib.import_module(f"kernels.{impl}_kl")
-
-
-@torch.library.custom_op("promptkd::distillation", mutates_args=())
-def _op(
-    x_BD: Tensor,
-    teacher: list[Tensor],
-    w_ND: Tensor,
-    root_JD: Tensor | None,
-    weight_B: Tensor | None,
-    form: str,
-    scale: float,
-    teacher_scale: float,
-    kl_weight: float,
-    cosine_weight: float,
-    centred: bool,
-    wants: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, KL, cosine distance, gradient of the loss with respect to x, and both top classes, of
-    which the teacher's is empty where the form tells it already."""
-    with torch.autocast(x_BD.device.type, enabled=False):
-        path = _path(impl)
-        extra_BD, cosine_B = None, wide(x_BD).new_zeros(len(x_BD))
-        if root_JD is not None:
-            unit_BD, _ = unit(x_BD)
-            if form == "Features":
-                cosine_B, extra_BD = cosine.against_features(unit_BD, teacher[0], root_JD)
-            else:
-                cosine_B, extra_BD = cosine.against_logits(unit_BD, teacher[0], w_ND, centred)
-            extra_BD.mul_(cosine_weight)
-            if weight_B is not None:
-                cosine_B = torch.where(weight_B == 0, 0, weight_B * cosine_B)
-                extra_BD = torch.where(weight_B[:, None] == 0, 0, weight_B[:, None] * extra_BD)
-        ours = w_ND, weight_B, extra_BD, scale
-        match form:
-            case "Features":
-                told = path.features(x_BD, *teacher, *ours, teacher_scale, kl_weight, wants)
-            case "Logits":
-                told = path.dense(x_BD, *teacher, *ours, teacher_scale, kl_weight, wants)
-            case "Expected":
-                told = path.given(x_BD, *teacher[:3], *ours, kl_weight, wants)
-            case "Top":
-                told = path.top(x_BD, *teacher, *ours, kl_weight, wants)
-        kl_B, dx_BD, *tops = told
-        if len(tops) == 1:
-            tops.append(tops[0].new_empty(0))
-        return kl_weight * kl_B + cosine_weight * cosine_B, kl_B, cosine_B, dx_BD, *tops
-
-
-@_op.register_fake
-def _(
-    x_BD: Tensor,
-    teacher: list[Tensor],
-    w_ND: Tensor,
-    root_JD: Tensor | None,
-    weight_B: Tensor | None,
-    form: str,
-    scale: float,
-    teacher_scale: float,
-    kl_weight: float,
-    cosine_weight: float,
-    centred: bool,
-    wants: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    images, like = x_BD.shape[0], wide(x_BD)  # of a tensor, len() would be a constant
-    told = [like.new_empty(images) for _ in range(3)]
-    dx_BD = like.new_empty(images if wants else 0, x_BD.shape[1])
-    known = form in ("Expected", "Top")
-    tops = [like.new_empty(n, dtype=torch.long) for n in (images, 0 if known else images)]
-    return *told, dx_BD, *tops  # type: ignore[return-value]
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype, ctx.tensors = inputs[0].dtype, len(inputs[1])
-    ctx.save_for_backward(output[3])
-    ctx.set_materialize_grads(False)  # or zeros are made for every other output, [B, D] too
-
-
-def _backward(ctx: Any, grad_B: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    (dx_BD,) = ctx.saved_tensors
-    told = None if grad_B is None else (grad_B[:, None] * dx_BD).to(ctx.dtype)
-    return told, [None] * ctx.tensors, *[None] * 11
-
-
-_op.register_autograd(_backward, setup_context=_keep)
-
-
-@torch.library.custom_op("promptkd::expected", mutates_args=())
-def _expected(
-    x_BD: Tensor, w_ND: Tensor, scale: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x_BD.device.type, enabled=False):
-        return _path(impl).expected(x_BD, w_ND, scale)
-
-
-@_expected.register_fake
-def _(x_BD: Tensor, w_ND: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = wide(x_BD)
-    images = x_BD.shape[0]
-    told = [like.new_empty(images) for _ in range(2)]
-    o_BD = like.new_empty(images, w_ND.shape[1])
-    return o_BD, *told, like.new_empty(images, dtype=torch.long)  # type: ignore[return-value]

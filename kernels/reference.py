@@ -63,7 +63,7 @@ def cosine_distance(
 
     Without the mean it would see a constant added to the logits of an image, which no softmax does,
     and up to which alone soft targets are known: it is 1 - Pearson's correlation. Nor does it see a
-    scale or temperature. Where all logits of an image are equal it is 1, without a gradient.
+    scale or temperature. Where a teacher's logits are all equal it is 1, without a gradient.
     `centred = False` takes the logits as they are.
     """
     z_t, z_s = wide(teacher_logits_BN), wide(student_logits_BN)

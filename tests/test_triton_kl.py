@@ -75,7 +75,12 @@ class Compiling:
 
 
 @pytest.mark.parametrize(
-    ("B", "N", "D", "dtype"), [(1024, 21841, 768, torch.float16), (1, 1000, 64, torch.float32)]
+    ("B", "N", "D", "dtype"),
+    [
+        (1024, 21841, 768, torch.float16),
+        (1024, 21841, 768, torch.float32),
+        (1, 1000, 64, torch.float16),
+    ],
 )
 def test_every_kernel_compiles_for_an_h100(B, N, D, dtype, monkeypatch):
     """The interpreter takes more than the compiler does."""

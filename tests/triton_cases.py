@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import reference, triton_kl, triton_pass, triton_rows
+from kernels.kl import Features, distillation
 from kernels.trial import trial
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -278,6 +279,20 @@ def test_features_go_by_products_while_classes_are_few():
         triton_kl.features(x_BD, *told), triton_kl.features_by_products(x_BD, *told), strict=True
     ):
         assert torch.equal(our, its)
+
+
+@pytest.mark.parametrize("length", [1e-6, 1e-4, 1e6])
+def test_half_precision_has_room_for_any_length(length, monkeypatch):
+    x_BD, u_BD, w_ND = case(5, 60, 64, torch.float16)
+    x_BD, u_BD = length * x_BD.float(), u_BD.float() / length
+    told = []
+    for impl, w in (("triton", w_ND), ("reference", w_ND.float())):
+        leaf_BD = x_BD.clone().requires_grad_()
+        losses = distillation(leaf_BD, Features(u_BD, 30.0), w, 40.0, impl=impl)
+        losses.loss_B.sum().backward()
+        told.append((losses.kl_B, length * leaf_BD.grad))
+    for ours, wanted in zip(*told, strict=True):
+        assert (ours - wanted).abs().max() < 2e-2 * wanted.abs().max()
 
 
 def test_a_run_may_trust_it(monkeypatch):
