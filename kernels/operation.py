@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import cosine
 from kernels.reference import wide
@@ -109,11 +108,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_B: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     (dx_BD,) = ctx.saved_tensors
+    if grad_B is not None and grad_B.requires_grad:
+        raise RuntimeError("the losses of kernels have no second derivative; those of reference do")
     told = None if grad_B is None else (grad_B[:, None] * dx_BD).to(ctx.dtype)
     return told, [None] * ctx.tensors, *[None] * 11
 
 
-distillation.register_autograd(once_differentiable(_backward), setup_context=_keep)
+distillation.register_autograd(_backward, setup_context=_keep)
 
 
 @torch.library.custom_op("promptkd::expected", mutates_args=())

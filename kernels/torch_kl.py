@@ -17,7 +17,7 @@ from kernels.unit import length, through_unit
 
 __all__ = ["dense", "expected", "features", "given", "top"]
 
-_BLOCK = 256  # classes whose largest logit is looked for at once
+_BLOCK = 32  # classes whose largest logit is looked for at once
 
 
 def features(
@@ -258,7 +258,10 @@ def _peak(z_RN: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit [R, 1] and the first class [R, 1] that has it. By blocks of classes, since
     torch's argmax takes several times as long on CPUs as its amax."""
     whole = z_RN.shape[1] // _BLOCK * _BLOCK
-    parts = [z_RN[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)] if whole else []
+    if whole < 8 * _BLOCK:
+        peak_R1, top_R1 = z_RN.max(-1, keepdim=True)
+        return peak_R1, top_R1
+    parts = [z_RN[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)]
     if whole < z_RN.shape[1]:
         parts.append(z_RN[:, whole:].amax(-1, keepdim=True))
     peak_R1, block_R1 = torch.cat(parts, dim=-1).max(-1, keepdim=True)
