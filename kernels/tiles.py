@@ -16,7 +16,8 @@ def tiles(images: int, classes: int, device: torch.device, cached: bool = False)
     """Slices of the images, whose logits are a tile: for a product, or for a core's cache. One
     that is empty if there are none."""
     logits = PRODUCT if device.type != "cpu" else CPU_CACHE if cached else CPU_PRODUCT
-    size = max(1, logits // classes)
+    parts = -(-images // max(1, logits // classes))
+    size = max(1, -(-images // max(1, parts)))  # equal, since small products are slow
     for start in range(0, max(1, images), size):
         yield slice(start, min(start + size, images))
 
