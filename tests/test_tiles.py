@@ -1,5 +1,7 @@
 """Images a few at a time."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ CPU = torch.device("cpu")
 def test_tiles_are_equal_and_hold_all_images_once(images, classes, cached):
     found = list(tiles(images, classes, CPU, cached))
     assert found[0].start == 0 and found[-1].stop == images
-    assert all(a.stop == b.start for a, b in zip(found, found[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(found))
     sizes = [rows.stop - rows.start for rows in found]
     logits = module.CPU_CACHE if cached else module.CPU_PRODUCT
     assert max(sizes) * classes <= max(logits, classes)
