@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.reference import wide
 from kernels.tiles import tiles
-from kernels.unit import through_unit, unit
+from kernels.unit import through_loss, through_unit, unit
 
 __all__ = [
     "Gram",
@@ -57,7 +57,7 @@ def cosine_distance(x_BD: Tensor, u_BD: Tensor, gram: Gram) -> Tensor:
 def against_features(unit_BD: Tensor, u_BD: Tensor, root_JD: Tensor) -> tuple[Tensor, Tensor]:
     """Distance [B], and its gradient [B, D] with respect to the student's unit features, from
     features of the teacher, of any length."""
-    distance_B, gradient_BJ = _between(unit_BD @ root_JD.T, wide(u_BD) @ root_JD.T)
+    distance_B, gradient_BJ = _between(unit_BD @ root_JD.T, unit(u_BD)[0] @ root_JD.T)
     return distance_B, gradient_BJ @ root_JD
 
 
@@ -123,8 +123,7 @@ def _backward(
     ctx: Any, grad_B: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, None, None, None]:
     (dx_BD,) = ctx.saved_tensors
-    told = None if grad_B is None else (grad_B[:, None] * dx_BD).to(ctx.dtype)
-    return told, None, None, None
+    return through_loss(grad_B, dx_BD, ctx.dtype), None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_keep)

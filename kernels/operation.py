@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import cosine
 from kernels.reference import wide
-from kernels.unit import unit
+from kernels.unit import through_loss, unit
 
 __all__ = ["distillation", "expected"]
 
@@ -108,10 +108,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_B: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     (dx_BD,) = ctx.saved_tensors
-    if grad_B is not None and grad_B.requires_grad:
-        raise RuntimeError("the losses of kernels have no second derivative; those of reference do")
-    told = None if grad_B is None else (grad_B[:, None] * dx_BD).to(ctx.dtype)
-    return told, [None] * ctx.tensors, *[None] * 11
+    return through_loss(grad_B, dx_BD, ctx.dtype), [None] * ctx.tensors, *[None] * 11
 
 
 distillation.register_autograd(_backward, setup_context=_keep)

@@ -1,11 +1,11 @@
-"""Unit length, and the way back of a gradient through it."""
+"""Unit length, and the way back of a gradient through it, and through a loss."""
 
 import torch
 from torch import Tensor
 
 from kernels.reference import wide
 
-__all__ = ["length", "through_unit", "unit"]
+__all__ = ["length", "through_loss", "through_unit", "unit"]
 
 
 def length(x_BD: Tensor) -> Tensor:
@@ -25,3 +25,13 @@ def through_unit(g_BD: Tensor, x_BD: Tensor, norm_B1: Tensor) -> Tensor:
     x_BD = wide(x_BD)
     along_B1 = torch.linalg.vecdot(g_BD, x_BD)[:, None] / norm_B1 / norm_B1
     return g_BD.addcmul_(x_BD, along_B1, value=-1).div_(norm_B1)
+
+
+def through_loss(grad_B: Tensor | None, dx_BD: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gradient with respect to x, whose losses have the gradients dx, made with their values.
+    RuntimeError in a second derivative."""
+    if grad_B is None:
+        return None
+    if grad_B.requires_grad:
+        raise RuntimeError("kernels have no second derivative; the definitions in reference do")
+    return (grad_B[:, None] * dx_BD).to(dtype)
