@@ -3,7 +3,7 @@
 Some seven minutes on a GPU, five on two cores; `--only CASE` for one of these cases:
 
 - kl: KL(teacher || student) and its gradient with respect to the student's raw features, from both
-  sides' features and class vectors. bf16 on GPUs, fp32 on CPUs.
+  sides' features and class vectors. bf16 on GPUs, fp32 on CPUs, or `--dtype`; a run has fp32.
 - cosine: the same of the cosine of logits, not centred. The Gram matrix's root is made before.
 - variants: on CPUs, in what other ways the loss could have been computed.
 
@@ -323,10 +323,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=SHAPES["cpu"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     asked = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     meter = Meter()
-    kind, dtype = meter.device.type, torch.bfloat16 if meter.cuda else torch.float32
+    kind = meter.device.type
+    dtype = getattr(torch, asked.dtype or ("bfloat16" if meter.cuda else "float32"))
     rounds = 1 if asked.quick else ROUNDS
     rig = Rig(Bench("kernels"), meter, meter.ceilings(dtype), dtype, rounds)
     for metric, value in rig.ceilings._asdict().items():

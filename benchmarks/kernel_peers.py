@@ -263,7 +263,7 @@ LOSSES = {
         "compile": Provider(_compiled(kl), THREE, LOGITS),
     },
     "cosine": {
-        "ours": Provider(_our_cosine, "8*B*J*D", "s*3*B*D + 4*J*D"),
+        "ours": Provider(_our_cosine, "6*B*J*D", "s*3*B*D + 4*J*D"),
         "eager": Provider(_made(cosine_of_logits), THREE, LOGITS),
         "compile": Provider(_compiled(cosine_of_logits), THREE, LOGITS),
     },
