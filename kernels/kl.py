@@ -19,10 +19,11 @@ Letters are those of `reference`.
 
 import importlib.util
 import os
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 from kernels import operation, reference
@@ -105,21 +106,30 @@ def distillation(
 ) -> Losses:
     """What is lost where a student says `x` and its teacher what it says.
 
-    x_BD: the student's features, of any length; fp64, fp32, bf16 or fp16.
-    w_ND: class vectors. Triton rounds features to their dtype; elsewhere half precision is widened.
+    x_BD: the student's features, of any length (1e-12 to 1e18); fp64, fp32, bf16 or fp16.
+    w_ND: class vectors, unit rows. Triton rounds features to their dtype; elsewhere half precision
+        is widened.
     scale: the student's logit scale; both scales are divided by the temperature.
     gram: of W, which `cosine_weight` needs, with a teacher by Features or Logits; if it is not
         centred, these may not be shifted.
     weight_B: a factor of every image. Of an image of weight 0 all losses and the gradient are 0,
         whatever it holds, and the top classes mean nothing.
 
-    Raises ValueError where the cosine is asked of a teacher that does not say enough, or shapes do
-    not fit, and RuntimeError where `impl = "triton"` cannot be: on a device, or in fp64.
+    Reverse-mode, first derivatives alone. Raises ValueError where the cosine is asked of a teacher
+    that does not say enough, or shapes or dtypes do not fit, and RuntimeError where `impl =
+    "triton"` cannot be: on a device, or in fp64.
     """
     impl = chosen(impl, x_BD.device, torch.promote_types(x_BD.dtype, w_ND.dtype))
     if cosine_weight and (gram is None or isinstance(teacher, Expected | Top)):
         raise ValueError("a cosine needs a gram, and a teacher by Features or Logits")
-    _require_fit(x_BD, teacher, w_ND, weight_B)
+    teacher_scale = teacher.scale if isinstance(teacher, Features) else 1.0
+    if isinstance(scale, Tensor) or isinstance(teacher_scale, Tensor):
+        raise ValueError("a scale is a number, and takes no gradient: logit_scale.exp().item()")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, and was to be above 0")
+    _require_fit(x_BD, teacher, w_ND, weight_B, gram if cosine_weight else None)
+    if not torch.compiler.is_compiling() and unpack_dual(x_BD).tangent is not None:
+        raise RuntimeError("kernels have no forward-mode derivative")
     run = _by_definition if impl == "reference" else _by_op
     task = _Task(
         scale / temperature,
@@ -129,13 +139,11 @@ def distillation(
         cosine_weight,
         impl,
     )
-    loss_B, kl_B, cosine_B, top_s_B, top_t_B = run(
-        x_BD,
-        _detached(teacher),
-        w_ND.detach(),
-        None if weight_B is None else weight_B.detach().to(wide(x_BD).dtype),
-        task,
-    )
+    if weight_B is not None:
+        weight_B = weight_B.detach().to(wide(x_BD).dtype)
+    with torch.autocast(x_BD.device.type, enabled=False):
+        told = run(x_BD, _detached(teacher), w_ND.detach(), weight_B, task)
+    loss_B, kl_B, cosine_B, top_s_B, top_t_B = told
     told_B = cosine_B.detach() if task.gram else None
     return Losses(loss_B, kl_B.detach(), told_B, top_s_B, top_t_B)
 
@@ -144,6 +152,8 @@ def reduced(
     loss_B: Tensor, reduction: Literal["batchmean", "paper"], images: int | Tensor, classes: int
 ) -> Tensor:
     """The mean over images; `paper`: over all logits, sum / (B N), as PromptKD's code has it."""
+    if reduction not in ("batchmean", "paper"):
+        raise ValueError(f"reduction is {reduction}, and was to be batchmean or paper")
     return loss_B.sum() / (images * classes if reduction == "paper" else images)
 
 
@@ -173,6 +183,8 @@ def chosen(
 ) -> Literal["reference", "torch", "triton"]:
     """What `auto` is on a device; an explicit choice stays what it is, or RuntimeError tells why it
     cannot be."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl is {impl}, and was to be one of {', '.join(get_args(Impl))}")
     lacks = ""
     if not _INSTALLED:
         lacks = "without Triton"
@@ -187,12 +199,37 @@ def chosen(
     return impl
 
 
-def _require_fit(x_BD: Tensor, teacher: Teacher, w_ND: Tensor, weight_B: Tensor | None) -> None:
-    (images, width), rows = x_BD.shape, [t for t in (*teacher, weight_B) if isinstance(t, Tensor)]
-    told = width if isinstance(teacher, Top) else teacher[0].shape[1]
-    its = w_ND.shape[0] if isinstance(teacher, Logits) else width
-    if w_ND.shape[1] != width or told != its or any(t.shape[0] != images for t in rows):
-        raise ValueError("x is [B, D] and w [N, D], with B rows of the teacher and B weights")
+def _require_fit(
+    x_BD: Tensor, teacher: Teacher, w_ND: Tensor, weight_B: Tensor | None, gram: Gram | None
+) -> None:
+    """ValueError names the first tensor that is not as it is told to be."""
+    if x_BD.ndim != 2 or w_ND.ndim != 2 or w_ND.shape[0] < 1:
+        raise ValueError("x is [B, D] and w [N, D], with at least one class")
+    (images, width), classes = x_BD.shape, w_ND.shape[0]
+    wanted: list[tuple[str, Tensor, tuple[int, ...]]] = [("w", w_ND, (classes, width))]
+    if weight_B is not None:
+        wanted.append(("weight", weight_B, (images,)))
+    if gram is not None:
+        wanted.append(("gram.root", gram.root_JD, (min(classes, width), width)))
+    sizes = {"B": images, "D": width, "N": classes}
+    for name, told in teacher._asdict().items():
+        if not isinstance(told, Tensor):
+            continue
+        sizes.setdefault(
+            "K", told.shape[-1] if told.ndim else 0
+        )  # of a Top, whose first two have it
+        wanted.append((name, told, tuple(sizes[letter] for letter in name.rsplit("_", 1)[1])))
+    for name, told, shape in wanted:
+        if told.shape != shape:
+            raise ValueError(f"{name} is {list(told.shape)}, and was to be {list(shape)}")
+        if told.is_floating_point() and name != "weight" and _double(told) != _double(x_BD):
+            raise ValueError(f"{name} is {told.dtype}, x {x_BD.dtype}: all are fp64, or none")
+    if not (x_BD.is_floating_point() and w_ND.is_floating_point()):
+        raise ValueError("x and w are floating-point numbers")
+
+
+def _double(x: Tensor) -> bool:
+    return x.dtype == torch.float64
 
 
 class _Task(NamedTuple):

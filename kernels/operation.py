@@ -39,41 +39,40 @@ def distillation(
     Empty are the distance without a root, the gradient where nobody `wants` it, and the teacher's
     top class where the form tells it already.
     """
-    with torch.autocast(x_BD.device.type, enabled=False):
-        path, norm_B1 = _path(impl), None
-        if impl == "triton" and w_ND.dtype == torch.float16:  # which has no room for lengths
-            x_BD, norm_B1 = unit(x_BD)
-            teacher = [unit(teacher[0])[0]] if form == "Features" else teacher
-        extra_BD, cosine_B = None, wide(x_BD).new_empty(0)
-        if root_JD is not None:
-            unit_BD, _ = unit(x_BD)
-            if form == "Features":
-                cosine_B, extra_BD = cosine.against_features(unit_BD, teacher[0], root_JD)
-            else:
-                cosine_B, extra_BD = cosine.against_logits(unit_BD, teacher[0], w_ND, centred)
-            extra_BD.mul_(cosine_weight)
-            if weight_B is not None:
-                cosine_B = torch.where(weight_B == 0, 0, weight_B * cosine_B)
-                extra_BD = torch.where(weight_B[:, None] == 0, 0, weight_B[:, None] * extra_BD)
-        ours = w_ND, weight_B, extra_BD, scale
-        match form:
-            case "Features":
-                told = path.features(x_BD, *teacher, *ours, teacher_scale, kl_weight, wants)
-            case "Logits":
-                told = path.dense(x_BD, *teacher, *ours, teacher_scale, kl_weight, wants)
-            case "Expected":
-                told = path.given(x_BD, *teacher[:3], *ours, kl_weight, wants)
-            case "Top":
-                told = path.top(x_BD, *teacher, *ours, kl_weight, wants)
-        kl_B, dx_BD, *tops = told
-        if len(tops) == 1:
-            tops.append(tops[0].new_empty(0))
-        if norm_B1 is not None and wants:
-            dx_BD /= norm_B1
-        loss_B = kl_weight * kl_B
-        if root_JD is not None:
-            loss_B += cosine_weight * cosine_B
-        return loss_B, kl_B, cosine_B, dx_BD, *tops
+    path, norm_B1 = _path(impl), None
+    if impl == "triton" and w_ND.dtype == torch.float16:  # which has no room for lengths
+        x_BD, norm_B1 = unit(x_BD)
+        teacher = [unit(teacher[0])[0]] if form == "Features" else teacher
+    extra_BD, cosine_B = None, wide(x_BD).new_empty(0)
+    if root_JD is not None:
+        unit_BD, _ = unit(x_BD)
+        if form == "Features":
+            cosine_B, extra_BD = cosine.against_features(unit_BD, teacher[0], root_JD)
+        else:
+            cosine_B, extra_BD = cosine.against_logits(unit_BD, teacher[0], w_ND, centred)
+        extra_BD.mul_(cosine_weight)
+        if weight_B is not None:
+            cosine_B = torch.where(weight_B == 0, 0, weight_B * cosine_B)
+            extra_BD = torch.where(weight_B[:, None] == 0, 0, weight_B[:, None] * extra_BD)
+    ours = w_ND, weight_B, extra_BD, scale
+    match form:
+        case "Features":
+            told = path.features(x_BD, *teacher, *ours, teacher_scale, kl_weight, wants)
+        case "Logits":
+            told = path.dense(x_BD, *teacher, *ours, teacher_scale, kl_weight, wants)
+        case "Expected":
+            told = path.given(x_BD, *teacher[:3], *ours, kl_weight, wants)
+        case "Top":
+            told = path.top(x_BD, *teacher, *ours, kl_weight, wants)
+    kl_B, dx_BD, *tops = told
+    if len(tops) == 1:
+        tops.append(tops[0].new_empty(0))
+    if norm_B1 is not None and wants:
+        dx_BD /= norm_B1
+    loss_B = kl_weight * kl_B
+    if root_JD is not None:
+        loss_B += cosine_weight * cosine_B
+    return loss_B, kl_B, cosine_B, dx_BD, *tops
 
 
 @distillation.register_fake

@@ -38,7 +38,8 @@ def kl_divergence(teacher_logits_BN: Tensor, student_logits_BN: Tensor) -> Tenso
     """
     log_t = torch.log_softmax(wide(teacher_logits_BN), dim=-1)
     log_s = torch.log_softmax(wide(student_logits_BN), dim=-1)
-    return (log_t.exp() * (log_t - log_s)).sum(dim=-1)
+    terms_BN = log_t.exp() * (log_t - log_s)
+    return torch.where(log_t == -torch.inf, 0, terms_BN).sum(dim=-1)  # 0 log 0 = 0
 
 
 def kl_divergence_of_top(

@@ -17,6 +17,7 @@ from kernels.unit import length, through_unit
 
 __all__ = ["dense", "expected", "features", "given", "top"]
 
+_LOWEST = -1e30  # of logits: a class that is ruled out has -inf, and 0 * inf is nan
 _BLOCK = 32  # classes whose largest logit is looked for at once
 
 
@@ -67,7 +68,8 @@ def dense(
         student = _Student.of(x_RD, scale, weight_R, extra_RD, kl_weight)
         z_RN, t_RN = memory[: len(x_RD)], memory[len(x_RD) :]
         torch.mm(student.query(), w_ND.T, out=z_RN)
-        return _against(z_RN, t_RN.copy_(told_RN).mul_(factor), student, w_ND, gradient)
+        t_RN.copy_(told_RN).mul_(factor).clamp_(min=_LOWEST)
+        return _against(z_RN, t_RN, student, w_ND, gradient)
 
     kl_B, dx_BD, top_s_B, top_t_B = by_tiles(work, w_ND, 2, x_BD, z_BN, weight_B, extra_BD)
     return kl_B, dx_BD, top_s_B, top_t_B

@@ -29,9 +29,9 @@ def through_unit(g_BD: Tensor, x_BD: Tensor, norm_B1: Tensor) -> Tensor:
 
 def through_loss(grad_B: Tensor | None, dx_BD: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The gradient with respect to x, whose losses have the gradients dx, made with their values.
-    RuntimeError in a second derivative."""
+    RuntimeError where a second derivative is prepared for."""
     if grad_B is None:
         return None
-    if grad_B.requires_grad:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("kernels have no second derivative; the definitions in reference do")
     return (grad_B[:, None] * dx_BD).to(dtype)

@@ -44,7 +44,7 @@ def test_what_was_put_is_got_by_whoever_asks_next(where, form, wire):
         wanted = BlockView("shards", 1234, view)
         assert ours.get(wanted, 8) is None
         ours.put(wanted, targets(ours.labelling, 8, seed, invalid=2))
-        again = Store(where).require(labelling(form=form, wire=wire))
+        again = Store(where).require(labelling(form=form, wire=wire), "shards")
         whole = targets(ours.labelling, 8, seed, invalid=2)
         got = again.get(wanted, 8)
         assert_same(got, whole)
@@ -297,11 +297,19 @@ def test_labels_of_one_corpus_are_not_mixed_by_accident(where, capsys):
 
 def test_what_must_be_there_is_asked_for(where):
     with pytest.raises(UserError, match=r"^targets\.store: .* holds no labels$"):
-        Store(where).require(labelling())
+        Store(where).require(labelling(), "shards")
     ours = recorded(where, corpus="d" * 64)
     ours.put(BLOCK, targets(ours.labelling, 8))
-    with pytest.raises(UserError, match=r"no labels of this labelling:\n.*\n  corpus: c{16} here"):
-        Store(where).require(labelling())
+    with pytest.raises(
+        UserError, match=r"of corpus\.shards by this labelling:\n.*\n  corpus: c{16} here"
+    ):
+        Store(where).require(labelling(), "shards")
+    with pytest.raises(UserError, match=r"by --targets\.source auto$"):
+        Store(where).require(labelling(), "shards")
+    beside = recorded(where, seed=9)
+    beside.put(BLOCK, targets(beside.labelling, 8))
+    with pytest.raises(UserError, match=r"auto --targets\.add_labelling, or take its views"):
+        Store(where).require(labelling(), "shards")
 
 
 def test_a_damaged_description_is_named(tmp_path):

@@ -65,7 +65,7 @@ def opened(config: RunConfig, labellings: Mapping[str, Labelling]) -> dict[str, 
         return {}
     store, add = Store(config.targets.store), config.targets.add_labelling
     if config.targets.source == "store":
-        return {name: store.require(one) for name, one in labellings.items()}
+        return {name: store.require(one, name) for name, one in labellings.items()}
     return {name: store.open(one, add=add) for name, one in labellings.items()}
 
 

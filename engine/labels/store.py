@@ -63,16 +63,19 @@ class Store:
                 say(f"{self.where}: labelling {labelling.fingerprint} is new there, and is added")
         return self.recorded(labelling)
 
-    def require(self, labelling: Labelling) -> "Recorded":
-        """The files of a labelling that is there. Raises UserError where it is not."""
+    def require(self, labelling: Labelling, corpus: str) -> "Recorded":
+        """The files of a labelling that is there. Raises UserError where it is not, naming the
+        corpus by its field."""
         known = self.labellings()
         if not known:
             raise UserError(f"{self._field}: {self.where} holds no labels")
         if labelling.fingerprint not in known:
+            rivals = any(one.corpus == labelling.corpus for one in known.values())
+            beside = " --targets.add_labelling" if rivals else ""
             raise UserError(
-                f"{self._field}: {self.where} holds no labels of this labelling:"
+                f"{self._field}: {self.where} holds no labels of corpus.{corpus} by this labelling:"
                 f"{_nearest(labelling, known)}\nWhat is not there is labelled, and recorded, by "
-                f"--targets.source auto{_hint(labelling, known)}"
+                f"--targets.source auto{beside}{_hint(labelling, known)}"
             )
         return self.recorded(labelling)
 
