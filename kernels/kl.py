@@ -215,9 +215,8 @@ def _require_fit(
     for name, told in teacher._asdict().items():
         if not isinstance(told, Tensor):
             continue
-        sizes.setdefault(
-            "K", told.shape[-1] if told.ndim else 0
-        )  # of a Top, whose first two have it
+        # Of a Top, whose first two have it.
+        sizes.setdefault("K", told.shape[-1] if told.ndim else 0)
         wanted.append((name, told, tuple(sizes[letter] for letter in name.rsplit("_", 1)[1])))
     for name, told, shape in wanted:
         if told.shape != shape:

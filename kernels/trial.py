@@ -13,9 +13,9 @@ _SCALE, _ALLOWED = 20.0, 1e-2  # a scale at which many classes count
 
 
 def trial(w_ND: Tensor, impl: Impl) -> str:
-    """ "", or why KL and gradient on these class vectors cannot be had so, of a teacher's features
-    or logits: what a compiler or the device says, or by how much they are wrong. Waits for the
-    device."""
+    """Why KL and gradient on these class vectors cannot be had so, of a teacher's features or
+    logits: what a compiler or the device says, or by how much they are wrong; empty where they can.
+    Waits for the device."""
     tried = (_tried(w_ND, impl, images, form) for images in _IMAGES for form in (Features, Logits))
     return next(filter(None, tried), "")
 
