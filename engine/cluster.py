@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 import ray.exceptions
@@ -55,13 +56,16 @@ def start(address: str, cpus: float = 0) -> bool:
     address = address or os.environ.get("RAY_ADDRESS", "")
     if not address:
         say("starting Ray on this machine")
+        _ask_for_a_token()
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
             include_dashboard=False,
+            dashboard_host="127.0.0.1",
             log_to_driver=False,
             logging_level="ERROR",
         )
+        _hide_token()
         return True
     say(f"joining the Ray cluster at {address}")
     try:
@@ -71,7 +75,28 @@ def start(address: str, cpus: float = 0) -> bool:
             f"ray.address: no Ray cluster answers at {address} ({error}). If it is up, its token "
             "may be another: set RAY_AUTH_MODE and RAY_AUTH_TOKEN as on its head"
         ) from None
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        say(
+            f"warning: the Ray cluster at {address} asks for no token: whoever reaches it can run "
+            "programs there; start its head and nodes with RAY_AUTH_MODE=token"
+        )
     return True
+
+
+def _ask_for_a_token() -> None:
+    """A cluster that ray.init() starts asks for a token, which Ray makes if need be, unless
+    RAY_AUTH_MODE says otherwise (Ray documentation, "Token authentication"; since 2.59)."""
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        del os.environ["RAY_AUTH_MODE"]
+        say(f"RAY_AUTH_MODE={mode} is not followed: a cluster started here asks for a token")
+
+
+def _hide_token() -> None:
+    """Ray writes a token that it has made so that every user of the machine may read it."""
+    file = Path.home() / ".ray" / "auth_token"
+    if file.exists() and file.stat().st_uid == os.geteuid() and file.stat().st_mode & 0o077:
+        file.chmod(0o600)
 
 
 def resolve(config: RunConfig) -> RunConfig:

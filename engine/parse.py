@@ -5,7 +5,6 @@ types and values out of range each end in a one-screen error that names the dott
 """
 
 import dataclasses
-import json
 import math
 import sys
 import tomllib
@@ -18,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from engine.config import UserError
+from engine.json_text import parse_json
 
 __all__ = ["Flat", "Positional", "parse"]
 
@@ -92,7 +92,7 @@ def _preset(words: Sequence[str]) -> str:
 def _file_flags(file: str, schema: type) -> Iterator[str]:
     try:
         text = Path(file).read_text()
-        tree = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
+        tree = parse_json(text) if file.endswith(".json") else tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (ValueError, OSError) as error:  # of either format, or of the file

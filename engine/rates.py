@@ -1,12 +1,12 @@
 """What one GPU does, with its share of a node: as told, as a run has measured, or of a roofline."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from engine.config import Range, Section, UserError
+from engine.json_text import parse_json
 
 __all__ = ["PEAK_TFLOPS", "Rates", "label_bytes", "measured", "roofline"]
 
@@ -106,7 +106,7 @@ def _rates(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, f
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(file.read_text())
+        tree = parse_json(file.read_text())
     except FileNotFoundError:
         raise UserError(f"from: {file}: no such file; is its run finished?") from None
     except (ValueError, OSError) as error:

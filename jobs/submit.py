@@ -30,6 +30,8 @@ class SubmitConfig(Section):
     """Seeds like 1,2,3: a run for each, as of `promptkd distill`."""
     address: str = ""
     """Jobs address, http://HOST:8265. Empty: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."""
+    allow_unauthenticated: bool = False
+    """Submit even where the cluster asks for no token, so that anybody may run programs there."""
     python: str = "python"
     """Interpreter on the cluster, in an environment that has this project's dependencies."""
 
@@ -38,10 +40,16 @@ def main(args: Sequence[str]) -> int:
     asked = parse(
         SubmitConfig, args, prog="promptkd submit", from_files=True, presets=PRESETS / "distill"
     )
+    from engine.data.places import check_places
+    from engine.jobs_server import require_authentication
+
     address = asked.address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    address = address if "://" in address else f"http://{address}"
     config = absolute(asked.run)
     if asked.seeds:
         parse_seeds(asked.seeds)
+    check_places(asked.run.corpus)  # while a pipe: is no path yet
+    require_authentication(address, asked.allow_unauthenticated)
     with tempfile.TemporaryDirectory() as upload:
         for package in ("engine", "kernels", "jobs"):
             source = Path(__file__).parent.parent / package

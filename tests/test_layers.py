@@ -7,7 +7,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("engine.config", "engine.telemetry", "engine.progress", "engine.tensor_files", "kernels"),
+    (
+        "engine.config",
+        "engine.telemetry",
+        "engine.progress",
+        "engine.tensor_files",
+        "engine.json_text",
+        "kernels",
+    ),
     ("engine.clip", "engine.data", "engine.parse"),
     ("engine.labels",),
     ("engine.train",),

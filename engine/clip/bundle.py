@@ -7,11 +7,10 @@ backbone they belong to. It predicts without teacher and without text tower.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from json import JSONDecodeError
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +19,8 @@ from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, Clip, load_clip
 from engine.clip.trained import with_weights
 from engine.config import UserError
-from engine.tensor_files import write_tensors
+from engine.json_text import parse_json
+from engine.tensor_files import open_tensors, write_tensors
 from kernels.reference import logits
 
 __all__ = ["Bundle", "Predictor"]
@@ -113,12 +113,12 @@ class Bundle:
     def load(cls, path: Path, field: str = "bundle") -> "Bundle":
         """Raises UserError for a missing file, or one that is not a bundle."""
         try:
-            with safe_open(path, "pt") as file:
+            with open_tensors(path, "pt") as file:
                 held = file.metadata() or {}
                 if "bundle" not in held:
                     what = next(iter(held), "no description")
                     raise UserError(f"{field}: {path} is not a bundle (it holds {what})")
-                about = json.loads(held["bundle"])
+                about = parse_json(held["bundle"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             class_vectors = tensors.pop("class_vectors")
             if about["format"] != _FORMAT:
@@ -133,7 +133,9 @@ class Bundle:
             return cls(learned=learned, class_vectors=class_vectors, **about)
         except FileNotFoundError:
             raise UserError(f"{field}: {path}: no such file") from None
-        except (SafetensorError, KeyError, TypeError, OSError, JSONDecodeError) as error:
+        except UserError:
+            raise
+        except (SafetensorError, KeyError, TypeError, OSError, ValueError) as error:
             raise UserError(f"{field}: {path} is not a bundle ({error})") from None
 
     def predictor(

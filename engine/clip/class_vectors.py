@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.clip.towers import Clip
 from engine.config import UserError
-from engine.tensor_files import write_tensors
+from engine.json_text import parse_json
+from engine.tensor_files import open_tensors, write_tensors
 
 __all__ = ["CHUNK", "ClassVectors", "encode_classes", "own_templates", "text_features", "tokenized"]
 
@@ -56,8 +57,8 @@ class ClassVectors:
     def load(cls, path: Path, field: str = "classes.vectors") -> "ClassVectors":
         """Raises UserError for a file that is not ours, or whose rows do not fit its names."""
         try:
-            with safe_open(path, "np") as file:
-                about = json.loads((file.metadata() or {})["class_vectors"])
+            with open_tensors(path, "np") as file:
+                about = parse_json((file.metadata() or {})["class_vectors"])
                 vectors = file.get_tensor("vectors")
             about |= {key: tuple(about[key]) for key in ("names", "templates")}
             stored = cls(vectors=vectors, **about)

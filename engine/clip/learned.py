@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.clip.weights import named_tensors
 from engine.config import UserError
-from engine.tensor_files import write_tensors
+from engine.json_text import parse_json
+from engine.tensor_files import open_tensors, write_tensors
 
 __all__ = ["LearnedPrompts", "read_prompts"]
 
@@ -104,8 +105,8 @@ def read_prompts(path: Path, field: str) -> tuple[LearnedPrompts, dict[str, Tens
 
 def _read_own(path: Path, field: str) -> LearnedPrompts:
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["prompts"])
+        with open_tensors(path, "pt") as file:
+            about = parse_json((file.metadata() or {})["prompts"])
             return LearnedPrompts(**{key: file.get_tensor(key) for key in file.keys()}, **about)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{field}: {path} holds no learned prompts ({error})") from None

@@ -4,7 +4,6 @@ Read are open_clip's own files (.safetensors, .bin, .pt), `local-dir:` folders, 
 archives and whatever tag open_clip can download.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +11,14 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.clip.archive import is_archive, read_archive
 from engine.clip.text import plain_text
 from engine.config import UserError
+from engine.json_text import parse_json
+from engine.tensor_files import open_tensors
 
 __all__ = ["LOCAL", "check_weights", "local_config", "named_tensors", "vision_shape"]
 
@@ -42,7 +43,7 @@ def vision_shape(model: str) -> VisionShape:
 def local_config(model: str) -> dict[str, Any]:
     """The architecture of a local-dir."""
     config = Path(model.removeprefix(LOCAL)) / "open_clip_config.json"
-    return json.loads(config.read_text())["model_cfg"]
+    return parse_json(config.read_text())["model_cfg"]
 
 
 def named_tensors(loaded: Any) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ def _require_plain(built: Any, model: str, prefix: str) -> None:
 def _shapes(path: Path, field: str) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, "pt") as tensors:
+            with open_tensors(path, "pt") as tensors:
                 return {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
         except SafetensorError as error:
             raise UserError(f"{field}: {path} is not a safetensors file ({error})") from None

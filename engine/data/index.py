@@ -5,7 +5,6 @@ what is read later is known to be what was checked. Of a tar, DALI's index (`wds
 written too; one that is there already tells how many samples the shard should have.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -22,12 +21,14 @@ from engine.data.manifest import FORMATS, SAMPLES, Facts, ShardIndex
 from engine.data.places import Shard, is_image
 from engine.data.storage import PIECE, Stat, Storage, Unreadable
 from engine.data.tar import MAX_MEMBER_BYTES, Walk
+from engine.json_text import parse_json
 
 __all__ = ["BESIDE", "Indexed", "digest", "index_shard"]
 
 BESIDE = "images beside the first of their sample"  # a note
 _LABEL_BYTES = 12  # at most
 _WDS2IDX = "v1.2"
+_MOST_SAMPLES = 10**12  # that an index or a record of others may tell of
 digest: Callable[[bytes | memoryview], int] = xxhash.xxh3_64_intdigest
 
 
@@ -218,13 +219,14 @@ def _expected(url: str, storage: Storage) -> int:
     stem = url.removesuffix(".tar")
     if (head := _head(f"{stem}.idx", storage)).startswith(b"v1."):
         words = head.split(b"\n", 1)[0].split()
-        if len(words) == 2 and words[1].isdigit():
+        if len(words) == 2 and words[1].isdigit() and len(words[1]) <= 12:
             return int(words[1])
     if stats := _head(f"{stem}_stats.json", storage):
         try:
-            return int(json.loads(stats)["successes"])
+            found = parse_json(stats)["successes"]
         except (ValueError, KeyError, TypeError):
             return -1
+        return found if isinstance(found, int) and found < _MOST_SAMPLES else -1
     return -1
 
 

@@ -5,13 +5,13 @@ which PromptKD shares. A reader is a pure function of the data set's folder. It 
 with the path of what is missing or malformed, and what is expected there.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.config import UserError
+from engine.json_text import parse_json
 
 __all__ = [
     "Found",
@@ -135,8 +135,8 @@ def _text(file: Path) -> str:
 
 def _load(file: Path) -> Any:
     try:
-        return json.loads(_text(file))
-    except json.JSONDecodeError as error:
+        return parse_json(_text(file))
+    except ValueError as error:
         raise UserError(f"{file} is not JSON ({error})") from None
 
 

@@ -22,11 +22,13 @@ import pyarrow.parquet as pq
 
 from engine.config import UserError
 from engine.data.header import Header
+from engine.json_text import parse_json
 
 __all__ = [
     "DUPLICATE",
     "FORMATS",
     "MANIFEST",
+    "MOST_INDEX_BYTES",
     "SAMPLES",
     "Entry",
     "Facts",
@@ -41,6 +43,8 @@ MANIFEST = "corpus.parquet"
 FORMATS = ("jpg", "png", "webp")
 KINDS = ("tar", "parquet", "files")
 DUPLICATE = "duplicate"  # the reason of a sample whose image is an earlier one
+MOST_INDEX_BYTES = 1 << 30  # of a manifest or index from afar
+_MOST_SHARDS = 10_000_000  # of a manifest
 VERSION = 2  # of both; another one is refused
 _DAMAGED = (pa.ArrowException, OSError, LookupError, TypeError, ValueError)  # reading raises
 SAMPLES = pa.schema(
@@ -227,7 +231,10 @@ def write_manifest(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_manifest(data: bytes, where: str, field: str) -> pa.Table:
     """Rows of shards; raises UserError, naming `field` and the file `where`."""
     try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+        if file.metadata.num_rows > _MOST_SHARDS:
+            raise ValueError(f"of {file.metadata.num_rows:,} shards")
+        table = file.read()
         _told(table, _MANIFEST)
         _check_shards(table)
     except _DAMAGED as error:
@@ -239,7 +246,7 @@ def read_manifest(data: bytes, where: str, field: str) -> pa.Table:
 
 def _told(table: pa.Table, schema: pa.Schema) -> dict[str, Any]:
     """What the metadata of a table tell; raises one of _DAMAGED where it is not sound."""
-    told = json.loads((table.schema.metadata or {})[b"promptkd"])
+    told = parse_json((table.schema.metadata or {})[b"promptkd"])
     if told["version"] != VERSION or not table.schema.equals(schema):
         raise ValueError("of another version")
     table.validate(full=True)

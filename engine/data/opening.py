@@ -9,7 +9,8 @@ from itertools import groupby
 import pyarrow as pa
 
 from engine.config import UserError
-from engine.data.manifest import MANIFEST, read_manifest
+from engine.data.access import scheme
+from engine.data.manifest import MANIFEST, MOST_INDEX_BYTES, read_manifest
 from engine.data.places import kind_of, named, shards_in
 from engine.data.storage import Storage
 
@@ -69,8 +70,7 @@ def _manifest(folder: str, storage: Storage, field: str) -> pa.Table:
     """A folder's manifest, with the paths of shards and indexes made whole."""
     where = f"{folder}/{MANIFEST}"
     try:
-        stat = storage.stat(where)
-        data = storage.read(where, 0, stat.bytes, stat)
+        data = storage.whole(where, MOST_INDEX_BYTES)
     except UserError as error:  # a package that is missing
         raise UserError(f"{field}: {error}") from None
     except OSError as error:
@@ -83,12 +83,21 @@ def _manifest(folder: str, storage: Storage, field: str) -> pa.Table:
         raise UserError(f"{field}: {where} cannot be read ({error})") from None
     table = read_manifest(data, where, field)
     for name in ("shard", "index"):
+        if "://" in folder:
+            _require_afar(table[name].to_pylist(), where, field)
         whole = [
             f"{folder}/{value}" if value and value[0] != "/" and "://" not in value else value
             for value in table[name].to_pylist()
         ]
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(whole))
     return table
+
+
+def _require_afar(names: Sequence[str], where: str, field: str) -> None:
+    """Raises UserError where a manifest from afar names a file of this machine."""
+    for name in names:
+        if name.startswith("/") or ("://" in name and scheme(name) in ("", "file")):
+            raise UserError(f"{field}: {where} names a file of this machine, {name}")
 
 
 def _check_local(manifest: pa.Table, field: str) -> None:

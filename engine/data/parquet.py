@@ -19,6 +19,7 @@ __all__ = ["Cell", "Images", "cells", "image_column", "large_groups", "opened"]
 
 KEPT_BYTES = 512 << 20  # of decoded row groups
 LARGE_GROUP_BYTES = 64_000_000
+MOST_GROUP_BYTES = 4 << 30  # of images that are decoded together
 _BATCH = 64  # rows decoded at once
 _READING = (Unreadable, Changed, UserError)  # raised through the library by our own reading
 _DAMAGED = (pa.ArrowException, OSError, LookupError, TypeError, ValueError)
@@ -153,7 +154,7 @@ class Images:
                 if place in self._kept:
                     self._kept.move_to_end(place)
                     return self._kept[place]
-            batches = list(opened.file.iter_batches(_BATCH, [group], [column]))
+            batches = list(_within(opened.file.iter_batches(_BATCH, [group], [column])))
             images = pa.chunked_array([batch[column] for batch in batches])
             with self._lock:
                 self._kept[place] = images
@@ -163,6 +164,16 @@ class Images:
 
     def _bytes(self) -> int:
         return sum(images.nbytes for images in self._kept.values())
+
+
+def _within(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """A few compressed bytes can stand for many."""
+    total = 0
+    for batch in batches:
+        total += batch.nbytes
+        if total > MOST_GROUP_BYTES:
+            raise ValueError(f"a row group of more than {MOST_GROUP_BYTES:,} bytes")
+        yield batch
 
 
 def _image(cell: pa.Scalar) -> bytes | None:

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
-from engine.config import UserError
+from engine.config import CorpusConfig, UserError
+from engine.data.access import Access, Unreadable, literal_address, require_public, scheme, shown
 from engine.data.storage import Storage, check_url
 
-__all__ = ["Shard", "find_shards", "is_image", "kind_of", "named", "shards_in"]
+__all__ = ["Shard", "check_places", "find_shards", "is_image", "kind_of", "named", "shards_in"]
 
 _MOST = 10_000_000  # names that braces may stand for
 _NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
@@ -42,6 +44,31 @@ def kind_of(url: str) -> str | None:
     if os.path.isdir(url):
         return None
     return next((kind for kind in ("tar", "parquet") if url.endswith(f".{kind}")), None)
+
+
+def check_places(config: CorpusConfig) -> None:
+    """What can be said of a run's shards on a machine that may not see them. Raises UserError where
+    a url is of no kind that is read, or names an address that is not public and not listed."""
+    access = Access(config.hosts)
+    for where, field in (
+        (config.shards, "corpus.shards"),
+        (config.evaluation, "corpus.evaluation"),
+    ):
+        for url in spelled_out(where, field) if where or field == "corpus.shards" else ():
+            if scheme(url) in ("http", "https"):
+                _check_host(url, access, field)
+
+
+def _check_host(url: str, access: Access, field: str) -> None:
+    """Of names, the addresses are looked up where they are connected to."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    if address := literal_address(host):
+        try:
+            require_public(address, host, port, access)
+        except Unreadable as error:
+            raise UserError(f"{field}: {shown(url)}: {error}") from None
 
 
 def spelled_out(where: str, field: str) -> list[str]:

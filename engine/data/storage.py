@@ -80,6 +80,13 @@ class Storage:
             self.bytes_read += len(data)
         return data
 
+    def whole(self, url: str, most_bytes: int) -> bytes:
+        """All of a file. Raises Unreadable, also where it is larger than that, and Changed."""
+        stat = self.stat(url)
+        if stat.bytes > most_bytes:
+            raise Unreadable(f"{shown(url)}: has {stat.bytes:,} bytes, more than {most_bytes:,}")
+        return self.read(url, 0, stat.bytes, stat)
+
     def list(self, where: str) -> list[str]:
         """The urls of the files that a glob matches, or that lie in a folder, sorted.
 

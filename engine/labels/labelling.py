@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from typing import Any
 
+from engine.json_text import parse_json
+
 __all__ = ["Labelling"]
 
 
@@ -40,7 +42,7 @@ class Labelling:
     @classmethod
     def from_json(cls, text: str) -> "Labelling":
         """Raises ValueError for anything but what to_json() gave."""
-        told: Any = json.loads(text)
+        told: Any = parse_json(text)
         names = {field.name for field in fields(cls)}
         if not isinstance(told, dict) or told.keys() != names:
             raise ValueError("describes no labelling")

@@ -4,7 +4,6 @@ A file is 16 bytes, the xxh3 digest of all others, and a safetensors payload. It
 block, or some samples of one, whose offsets it then has too.
 """
 
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from engine.data.views import TEST_VIEW
+from engine.json_text import parse_json
 from engine.labels.targets import BlockView, Form, SoftTargets, finite
 
 __all__ = [
@@ -136,7 +136,7 @@ def samples_in(head: bytes) -> int:
 def _header(data: bytes) -> dict[str, Any]:
     start = _DIGEST_BYTES + 8  # safetensors: bytes of the header as uint64, the header as JSON
     size = int.from_bytes(data[_DIGEST_BYTES:start], "little")
-    return json.loads(data[start : start + size])
+    return parse_json(data[start : start + size])
 
 
 def _require_shapes(targets: SoftTargets, offsets: np.ndarray | None, name: Name) -> None:

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.config import UserError
 from engine.telemetry import Recorder
-from engine.tensor_files import write_tensors
+from engine.tensor_files import open_tensors, write_tensors
 
 __all__ = ["Selection"]
 
@@ -31,7 +30,7 @@ class Selection:
         """What the summary says: the rule; the pass (from 0) and its accuracy, in percent."""
         if not self._file.exists():
             return {"rule": self.rule}
-        with safe_open(self._file, "pt") as file:
+        with open_tensors(self._file, "pt") as file:
             return {"rule": self.rule} | json.loads(file.metadata()["selection"])
 
     def offer(
