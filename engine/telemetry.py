@@ -19,13 +19,26 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Appends records to `metrics.jsonl`; each is on the disk's queue before record() returns."""
+    """Appends records to `metrics.jsonl`; each is on the disk's queue before record() returns.
+
+    Where one cannot be written, as on a full disk, there are no more, and the run goes on.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._file = open(folder / "metrics.jsonl", "a", buffering=1)
+        self._file = open(folder / "metrics.jsonl", "ab", buffering=0)
+        self._off = False
 
     def record(self, kind: str, **values: Any) -> None:
-        self._file.write(json.dumps({"time": time.time(), "kind": kind, **values}) + "\n")
+        if self._off:
+            return
+        line = json.dumps({"time": time.time(), "kind": kind, **values}).encode() + b"\n"
+        try:
+            self._off = self._file.write(line) < len(line)
+            why = "No space left on device" if self._off else ""
+        except OSError as error:
+            self._off, why = True, str(error.strerror)
+        if self._off:
+            log.warning("%s: nothing more is recorded: %s", self._file.name, why)
 
     def close(self) -> None:
         self._file.close()
