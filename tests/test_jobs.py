@@ -205,6 +205,8 @@ def test_the_same_toml_runs_as_a_job_on_a_running_cluster(corpus_folder, tmp_pat
         assert run.returncode == 2 and "pass --overwrite" in run.stdout, "the job's own code"
         run = submitted(submit, RAY_AUTH_TOKEN="b" * 64)
         assert run.returncode == 2 and "Invalid authentication token" in run.stderr
+        run = submitted(submit, RAY_AUTH_MODE="disabled")
+        assert run.returncode == 2 and "Authentication required" in run.stderr
     finally:
         head.terminate()
         head.wait(60)
