@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 import tracemalloc
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from servers import serving_files
 from tars import write_tar
 from tiny import clip_folder
 
+from engine.clip.archive import is_archive, read_archive
 from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.learned import read_prompts
@@ -436,6 +438,29 @@ def test_a_description_that_is_not_ours_is_refused(tmp_path, about: str):
     for read in (ClassVectors.load, Bundle.load, lambda path: read_prompts(path, "f")):
         with pytest.raises(UserError, match="x\\.safetensors"):
             read(tmp_path / "x.safetensors")
+
+
+class Weight(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(10_000.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize("packed", ["/data.pkl", "/data/0"])
+def test_an_archive_of_packed_weights_is_not_unpacked(tmp_path, packed: str):
+    """torch packs none; and what is packed may unpack without end."""
+    torch.jit.script(Weight()).save(str(tmp_path / "w.pt"))
+    assert torch.equal(read_archive(tmp_path / "w.pt")["weight"], torch.arange(10_000.0))
+    with zipfile.ZipFile(tmp_path / "w.pt") as whole, zipfile.ZipFile(tmp_path / "p.pt", "w") as p:
+        for name in whole.namelist():
+            kind = zipfile.ZIP_DEFLATED if name.endswith(packed) else zipfile.ZIP_STORED
+            p.writestr(name, whole.read(name), kind)
+    assert is_archive(tmp_path / "p.pt")
+    with pytest.raises(ValueError, match=f"{packed} is packed"):
+        read_archive(tmp_path / "p.pt")
 
 
 def test_tensors_that_are_sound_are_opened(tmp_path):

@@ -172,6 +172,7 @@ with session("", 1) as ours:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_cluster_started_here_asks_for_a_token_that_only_its_owner_reads(tmp_path):
     """Whatever RAY_AUTH_MODE says; the token is one that Ray makes."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

@@ -5,6 +5,7 @@ unpickler that knows nothing but tensors and empty objects: what torch.load(weig
 for files of its own kind.
 """
 
+import io
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -65,7 +66,7 @@ class _Attributes(pickle.Unpickler):
         names = (name for name in archive.namelist() if name.endswith(ends))
         self._root = next(names, ends).removesuffix(ends)
         self._archive = archive
-        super().__init__(archive.open(f"{self._root}{ends}"))
+        super().__init__(io.BytesIO(self._read(f"{self._root}{ends}")))
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -80,9 +81,15 @@ class _Attributes(pickle.Unpickler):
 
     def persistent_load(self, told: Any) -> TypedStorage:
         _, dtype, key, *_ = told
-        data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+        data = bytearray(self._read(f"{self._root}/data/{key}"))
         storage = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
         return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+    def _read(self, name: str) -> bytes:
+        """torch packs no weights, and what is packed may unpack without end."""
+        if self._archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise pickle.UnpicklingError(f"{name} is packed")
+        return self._archive.read(name)
 
 
 def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:

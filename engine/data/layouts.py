@@ -134,8 +134,9 @@ def _text(file: Path) -> str:
 
 
 def _load(file: Path) -> Any:
+    text = _text(file)
     try:
-        return parse_json(_text(file))
+        return parse_json(text)
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error})") from None
 
