@@ -39,6 +39,7 @@ def test_urls_that_are_read(url):
     [
         "",
         "pipe:cat /etc/passwd",
+        "-o/tmp/a://h/a.tar",
         "ftp://h/a.tar",
         "memory://a",
         "local:///a",

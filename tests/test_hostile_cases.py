@@ -291,13 +291,11 @@ def test_an_index_is_not_believed_that_an_image_is_harmless(encoded, tmp_path):
     bomb = plain[:frame] + (65_500).to_bytes(2, "big") * 2 + plain[frame + 4 :]
     for data in (encoded(64, 48, kind="jpeg2000"), bomb, PAGE, encoded(64, 48, kind="png")):
         folder = tmp_path / str(digest(data))
-        write_tar(folder / "0.tar", [("0.jpg", plain + bytes(max(0, len(data) - len(plain))))])
-        whole = write_tar(folder / "0.tar", [("0.jpg", data)])
-        index(str(folder), workers=1, skip_bad_shards=False)
+        write_tar(folder / "0.tar", [("0.jpg", data)])
+        index(str(folder), workers=1)
         told = {"reason": None, "width": 64, "height": 48, "format": 0, "orientation": 1}
         told |= {"plain": True, "offset": 512, "bytes": len(data), "digest": digest(data)}
         with_index(folder, **told)
-        assert whole.exists()
         corpus = Corpus.open(str(folder), 4)
         (sample,) = corpus.read(0)
         assert (sample.reason, sample.data) == ("changed", None)

@@ -182,3 +182,23 @@ def test_a_cluster_started_here_asks_for_a_token_that_only_its_owner_reads(tmp_p
     assert done.stdout.split() == ["True", "token", "1", "True"], done.stderr
     assert "RAY_AUTH_MODE=disabled is not followed" in done.stderr
     assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+JOINED = """
+import subprocess, sys, ray
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+address = ray.get_runtime_context().gcs_address
+join = f"import engine.cluster as c; c.start('{address}'); print('joined')"
+done = subprocess.run([sys.executable, "-c", join], capture_output=True, text=True)
+print(done.stdout, done.stderr)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_no_token_is_joined_with_a_warning():
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env = kept | {"RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-c", JOINED]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert "joined" in done.stdout and "asks for no token" in done.stdout, done.stdout + done.stderr

@@ -104,7 +104,7 @@ def check_url(url: str, field: str) -> None:
         raise UserError(f"{field}: {url!r} is not a path or url")
     if "::" in url.partition("://")[0] or ("::" in url and kind not in ("http", "https")):
         raise UserError(f"{field}: {shown(url)}: chained urls are not read")
-    if not kind:
+    if not kind and "://" not in url:
         return
     if kind not in SCHEMES or not url.startswith(f"{kind}://"):
         raise UserError(
