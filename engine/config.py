@@ -315,6 +315,11 @@ class TrainConfig(Section):
     checkpoint_steps: Annotated[int, Range(1)] = 500
     """Steps between checkpoints, or fewer where a pass is shorter; one is always written at the
     end."""
+    keep_last: Annotated[int, Range(1)] = 2
+    """Checkpoints that are kept, the newest; and beside them the newest of a student that learns
+    well."""
+    keep_every: Annotated[int, Range(0)] = 0
+    """Also keep the first checkpoint of every so many steps. 0: none."""
     log_steps: Annotated[int, Range(1)] = 10
     """Steps between metric records."""
     max_failures: Annotated[int, Range(-1)] = 3

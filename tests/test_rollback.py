@@ -10,13 +10,16 @@ from distributed import run_distributed
 from engine.train import checkpoint, rollback
 from engine.train.checkpoint import Checkpoint
 from engine.train.health import Health
+from engine.train.identity import Identity
 from engine.train.ledger import Ledger
 from engine.train.selection import Selection
 
 
 def save(folder: Path, step: int, good: bool) -> None:
     health = Health(agreement=0.9, best=0.9, bad=0 if good else 1)
-    checkpoint.save(folder, Checkpoint(step, 1.0, Ledger(), health, {"w": torch.ones(1)}, {}))
+    checkpoint.save(
+        folder, Checkpoint(step, 1.0, Ledger(), health, Identity({}), {"w": torch.ones(1)}, {})
+    )
 
 
 def take(rank: int, world: int, folder: str) -> list[int | None]:

@@ -1,28 +1,46 @@
-"""Checkpoints of a run: what the student has learned, its optimizer, and the cursor, atomically.
+"""Checkpoints of a run: what the student has learned, its optimizer, and the cursor, as one.
 
-A checkpoint is a folder `step-NNNNNNNN` of two safetensors files and a `state.json`, which holds
-the cursor, the ledger and the sha256 of the other two. It is written under another name, flushed to
-the disk, and renamed last; so a folder of that name is whole.
+The cursor commits with the weights, so every sample is trained exactly once in the lineage of
+weights that survives, and after a crash the steps since the newest checkpoint are repeated.
+
+What else a step depends on is not state: order, views and labels are pure functions of the step;
+training draws no random numbers (CLIP's towers have no dropout, and the student's first weights
+come from the seed); an fp16 student's loss scale is chosen anew in each step, and fp32 and bf16
+have none; batch norm's running statistics are in the student's state; the frozen tower is not
+stored, its hash is in the identity; the number of roll-backs is in `rollbacks.json`.
 """
 
-import hashlib
+import dataclasses
 import json
-import os
-import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from engine.tensor_files import write_tensors
+from engine.config import UserError
+from engine.progress import say
+from engine.train import checkpoint_files as files
+from engine.train.checkpoint_files import FILES, Damaged
 from engine.train.health import Health
+from engine.train.identity import Identity
 from engine.train.ledger import Ledger
 
-__all__ = ["Checkpoint", "load_latest", "roll_back", "save"]
+__all__ = ["Checkpoint", "Saver", "Unsound", "load_latest", "roll_back", "save"]
 
-_KEEP = 2
+_STUDENT, _OPTIMIZER, _STATE = FILES
+_PACKAGES = ("torch", "deepspeed")  # another version of which may compute otherwise
+
+
+class Unsound(UserError):
+    """There are checkpoints, or have been, and none can be loaded."""
 
 
 @dataclass(frozen=True)
@@ -33,111 +51,199 @@ class Checkpoint:
     train_s: float
     ledger: Ledger  # of all workers
     health: Health
+    identity: Identity
     student: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint into `folder`; of older ones it keeps one, and the newest good one."""
-    final = folder / f"step-{checkpoint.step:08d}"
-    partial = folder / f"{final.name}.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tensors(partial / "student.safetensors", checkpoint.student, {})
-    write_tensors(partial / "optimizer.safetensors", checkpoint.optimizer, {})
+# ------------------------------------------------------------ saving
+
+
+class Saver:
+    """Writes the checkpoints of a run from a thread, one at a time, while training goes on.
+
+    A save that fails for the disk's sake is told of, once until one succeeds; the checkpoints
+    before it stay, and the next save is a new try. For one process, rank 0: what it has is all
+    there is to write.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
+        self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._coming: Future[None] | None = None
+        self._failed: OSError | None = None  # the last save
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Begins to write, once the save before has ended. Its tensors are not to be changed."""
+        self.failure()
+        # These two go on counting while the thread writes.
+        ledger, health = deepcopy(checkpoint.ledger), deepcopy(checkpoint.health)
+        checkpoint = dataclasses.replace(checkpoint, ledger=ledger, health=health)
+        self._coming = self._writer.submit(self._save, checkpoint)
+
+    def failure(self) -> OSError | None:
+        """Waits for the last save to end: why it has failed, if the disk is to blame. Raises
+        whatever else went wrong."""
+        if self._coming:
+            self._coming.result()
+            self._coming = None
+        return self._failed
+
+    def close(self) -> None:
+        """Waits for the last save to end, however it ends."""
+        self._writer.shutdown()
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        try:
+            save(self._folder, checkpoint, self._keep_last, self._keep_every)
+        except OSError as error:
+            if not self._failed:
+                say(
+                    f"warning: the checkpoint of step {checkpoint.step} could not be written to "
+                    f"{self._folder}: {error}. Those before it are there; training goes on, and "
+                    "the next one is a new try"
+                )
+            self._failed = error
+        else:
+            self._failed = None
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep_last: int = 2, keep_every: int = 0) -> Path:
+    """Writes a checkpoint into `folder`, and removes older ones: all but the last `keep_last`, the
+    newest good one, and the first one of every `keep_every` steps (0: no more). While it is being
+    written, there is one more. Raises OSError where it is not written."""
+    path = files.commit(folder, checkpoint.step, _contents(checkpoint))
+    try:
+        files.retain(folder, _kept(folder, checkpoint.step, keep_last, keep_every))
+    except OSError as error:
+        say(f"warning: old checkpoints in {folder} cannot be removed: {error}")
+    return path
+
+
+def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of its files; one after another, since they are large."""
     state = {
         "step": checkpoint.step,
         "train_s": checkpoint.train_s,
         "ledger": asdict(checkpoint.ledger),
         "health": asdict(checkpoint.health),
-        "good": checkpoint.health.good,
-        "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())},
+        "identity": checkpoint.identity.settings,
+        "versions": _versions(),
     }
-    state["self"] = _digest(state)
-    (partial / "state.json").write_text(json.dumps(state, indent=2))
-    for path in (*partial.iterdir(), partial):
-        _flush(path)
-    if final.exists():  # left by a life of this run that went further than its successor
-        _remove(final)
-    partial.rename(final)
-    _flush(folder)
-    old = _steps(folder)[:-_KEEP]
-    kept = next((path for path in reversed(_steps(folder)) if _state(path)["good"]), None)
-    for path in old:
-        if path != kept:
-            _remove(path)
-    return final
+    yield _STATE, json.dumps(state, indent=2).encode()
+    for name, tensors in ((_STUDENT, checkpoint.student), (_OPTIMIZER, checkpoint.optimizer)):
+        yield name, to_bytes({key: tensor.contiguous() for key, tensor in tensors.items()})
 
 
-def roll_back(folder: Path, unless: int | None = None) -> int:
-    """Removes the checkpoints after the newest good one; gives its step, 0 where there is none.
-
-    One of step `unless` does not count as good.
-    """
-    for path in reversed(_steps(folder)):
-        state = _state(path)
-        if state["good"] and state["step"] != unless:
-            return state["step"]
-        _remove(path)
-    return 0
+def _kept(folder: Path, newest: int, keep_last: int, keep_every: int) -> set[int]:
+    """Those after `newest` are of a life of the run that nothing leads to any more."""
+    steps = [step for step in files.steps(folder) if step <= newest]
+    kept = {*steps[-keep_last:]}
+    kept |= {next((step for step in reversed(steps) if _is_good(folder, step)), newest)}
+    if keep_every:
+        first_of = {step // keep_every: step for step in reversed(steps)}
+        kept |= {step for period, step in first_of.items() if period > 0}
+    return kept
 
 
-def _remove(path: Path) -> None:
-    doomed = path.with_name(f"{path.name}.old")  # a folder that is named a step is always whole
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+def _is_good(folder: Path, step: int) -> bool:
+    """Of one that may be damaged, as far as its small files tell."""
+    try:
+        state = files.read_json(files.path_of(folder, step) / _STATE)
+        return Health(**state["health"]).good
+    except (Damaged, KeyError, TypeError):
+        return False
+
+
+# ------------------------------------------------------------ loading
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None where there is none yet.
+    """The newest sound checkpoint, or None where there has never been one.
 
-    Raises ValueError, naming the file, if its hashes do not hold.
+    Says which newer ones are damaged, and why. Raises Unsound where there is, or has been, a
+    checkpoint and none is sound, OSError where the folder cannot be read.
     """
-    steps = _steps(folder)
-    if not steps:
-        return None
-    state = _state(steps[-1])
-    for name, sha256 in state["sha256"].items():
-        if _sha256(steps[-1] / name) != sha256:
-            raise ValueError(f"{steps[-1] / name} is damaged: its sha256 is not that of state.json")
-    return Checkpoint(
-        state["step"],
-        state["train_s"],
-        Ledger(**state["ledger"]),
-        Health(**state["health"]),
-        load_file(steps[-1] / "student.safetensors"),
-        load_file(steps[-1] / "optimizer.safetensors"),
-    )
-
-
-def _state(path: Path) -> dict[str, Any]:
-    file = path / "state.json"
+    steps, faults = files.steps(folder), []
     try:
-        state = json.loads(file.read_text())
-        if state.pop("self") != _digest(state):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise ValueError(f"{file} is damaged") from None
-    return state
+        named = files.pointed(folder)
+        if named is None and steps:
+            faults.append(f"{folder} has no latest.json, which names the newest checkpoint")
+        if named is not None and named not in steps:
+            faults.append(f"{files.path_of(folder, named)}, which latest.json names, is missing")
+    except Damaged as damage:
+        faults.append(str(damage))
+    for step in reversed(steps):
+        try:
+            found = _load(folder, step)
+        except Damaged as damage:
+            faults.append(str(damage))
+            continue
+        for fault in faults:
+            say(f"warning: {fault}")
+        if faults:
+            say(f"warning: the newest sound checkpoint in {folder} is that of step {step}")
+        return found
+    if faults:
+        raise Unsound(
+            f"{folder}: no checkpoint is sound: {'; '.join(faults)}. Put one back, or remove the "
+            "folder to begin anew"
+        )
+    return None
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if not path.suffix)
+def roll_back(folder: Path, unless: int | None = None) -> int:
+    """Removes the checkpoints after the newest that is good and sound; gives its step, 0 where
+    there is none.
+
+    One of step `unless` does not count as good.
+    """
+    steps, good = files.steps(folder), 0
+    for step in reversed(steps):
+        try:
+            if step != unless and _load(folder, step).health.good:
+                good = step
+                break
+        except Damaged as damage:
+            say(f"warning: {damage}")
+    files.point(folder, good or None)
+    for step in steps:
+        if step > good:
+            files.remove(folder, step)
+    return good
 
 
-def _digest(state: dict) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _load(folder: Path, step: int) -> Checkpoint:
+    path = files.verify(folder, step)
+    state = files.read_json(path / _STATE)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        checkpoint = Checkpoint(
+            state["step"],
+            float(state["train_s"]),
+            Ledger(**state["ledger"]),
+            Health(**state["health"]),
+            Identity(dict(state["identity"])),
+            load_file(path / _STUDENT),
+            load_file(path / _OPTIMIZER),
+        )
+        versions = dict(state["versions"])
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise Damaged(f"{path} is damaged: it is no checkpoint: {what}") from None
+    if checkpoint.step != step:
+        raise Damaged(f"{path / _STATE} is damaged: it is of step {checkpoint.step}")
+    if versions != _versions():
+        say(
+            f"warning: {path} was written with {_told(versions)}, this is {_told(_versions())}: "
+            "what follows may differ by rounding from a run that was not interrupted"
+        )
+    return checkpoint
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in _PACKAGES}
+
+
+def _told(versions: dict[str, str]) -> str:
+    return ", ".join(f"{package} {one}" for package, one in versions.items())

@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import CorpusConfig, TrainConfig
+from engine.config import CorpusConfig, RunFailed, TrainConfig
 from engine.data.corpus import Corpus
 from engine.data.isolate import AnyDecoder
 from engine.data.loader import Loader, Work
 from engine.data.order import Order
 from engine.labels.targets import BlockView, TargetSource
 from engine.telemetry import GpuSampler, Recorder
-from engine.train import checkpoint
+from engine.train.checkpoint import Checkpoint, Saver
 from engine.train.health import Health
+from engine.train.identity import Identity
 from engine.train.ledger import Ledger, Spoilt, Watch
 
 if TYPE_CHECKING:
@@ -66,15 +67,17 @@ def train(
     config: TrainConfig,
     data: CorpusConfig,
     folder: Path,
-    start: checkpoint.Checkpoint | None,
+    start: Checkpoint | None,
+    identity: Identity,
     device: torch.device,
     after_pass: Callable[[int], None],
 ) -> Trained:
     """Trains from `start`, or from the beginning, to the last step.
 
-    Rank 0 appends records to `folder`/metrics.jsonl and writes `folder`/checkpoints. All workers
-    call `after_pass` with the number of each pass they complete, and raise Collapse, or Spoilt, at
-    the same step.
+    Rank 0 appends records to `folder`/metrics.jsonl and writes `folder`/checkpoints, of the run of
+    this `identity`, while training goes on; on return or raise nothing is being written. All
+    workers call `after_pass` with the number of each pass they complete, and raise Collapse, or
+    Spoilt, at the same step, or RunFailed where the last checkpoint cannot be written.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     total_steps = config.passes * order.steps
@@ -83,6 +86,9 @@ def train(
     ledger = Ledger.total([start.ledger]) if start and rank == 0 else Ledger()
     before_s = start.train_s if start else 0.0
     recorder = Recorder(folder) if rank == 0 else None
+    saver = None
+    if rank == 0:
+        saver = Saver(folder / "checkpoints", config.keep_last, config.keep_every)
     gpu = GpuSampler(device.index or 0) if rank == 0 and device.type == "cuda" else None
     works = training_works(order, config.passes, config.views or config.passes, rank, world, first)
     loader = Loader(corpus, decoder, works, int(data.memory_gb * 2**30), device=device)
@@ -137,7 +143,7 @@ def train(
                     watch.require_usable(int(failed), int(visited))
                 except Spoilt:  # what is learned is kept, for who mends the corpus
                     train_s = before_s + time.perf_counter() - started
-                    _save(trainer, folder, done, train_s, ledger, health)
+                    _save(trainer, saver, done, train_s, ledger, health, identity)
                     raise
                 counts.zero_()
                 logged, recorded = now, done
@@ -145,10 +151,13 @@ def train(
                 after_pass(batch.work.step // order.steps)
             if saves:
                 train_s = before_s + time.perf_counter() - started
-                _save(trainer, folder, done, train_s, ledger, health)
+                _save(trainer, saver, done, train_s, ledger, health, identity)
+        _require_saved(saver)
         train_s = before_s + time.perf_counter() - started
     finally:
         loader.close()
+        if saver:
+            saver.close()
         if gpu:
             gpu.close()
         if recorder:
@@ -171,17 +180,28 @@ def kept(order: Order, world: int) -> int:
 
 def _save(
     trainer: "StudentTrainer",
-    folder: Path,
+    saver: Saver | None,
     step: int,
     train_s: float,
     ledger: Ledger,
     health: Health,
+    identity: Identity,
 ) -> None:
+    if saver:
+        saver.failure()  # so that not more than one state is held; the next one is a new try
     student, optimizer = trainer.state()
     everyone = merged(ledger)
-    if dist.get_rank() == 0:
-        state = checkpoint.Checkpoint(step, train_s, everyone, health, student, optimizer)
-        checkpoint.save(folder / "checkpoints", state)
+    if saver:
+        saver.save(Checkpoint(step, train_s, everyone, health, identity, student, optimizer))
+
+
+def _require_saved(saver: Saver | None) -> None:
+    """Waits for the last checkpoint. All workers raise RunFailed where it could not be written."""
+    failure = saver.failure() if saver else None
+    told = [f"the last checkpoint could not be written: {failure}" if failure else ""]
+    dist.broadcast_object_list(told)
+    if told[0]:
+        raise RunFailed(told[0])
 
 
 def merged(ledger: Ledger) -> Ledger:

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.telemetry import Recorder
-from engine.train import checkpoint
+from engine.train import checkpoint, checkpoint_files
 
 __all__ = ["take", "taken"]
 
@@ -39,9 +39,8 @@ def _go_back(folder: Path, why: str, most: int) -> int | None:
         # Where the student collapsed again at once, its last good state was good no more.
         failed = before[-1]["to_step"] if before else None
         step = checkpoint.roll_back(folder / "checkpoints", unless=failed)
-        partial = folder / "rollbacks.json.tmp"
-        partial.write_text(json.dumps([*before, {"why": why, "to_step": step}], indent=2))
-        partial.replace(folder / "rollbacks.json")
+        told = json.dumps([*before, {"why": why, "to_step": step}], indent=2)
+        checkpoint_files.replace(folder / "rollbacks.json", told.encode())
         rate = f"1/{2 ** (len(before) + 1)} of its learning rate"
         recorder.record("notice", text=f"going on from step {step} at {rate}")
     recorder.close()

@@ -30,6 +30,7 @@ from engine.progress import say
 from engine.train import checkpoint, rollback
 from engine.train.evaluate import Model, Score, evaluate, zero_shot
 from engine.train.health import Collapse
+from engine.train.identity import Identity
 from engine.train.ledger import Ledger, Spoilt
 from engine.train.loop import Trained, kept, merged, train
 from engine.train.selection import Selection
@@ -94,6 +95,8 @@ class _Worker:
         policy = ViewPolicy(config.view_seed, self.clip.image.pixels, config.train.crop_scale)
         threads = config.student.threads
         self.decoder = decoder_of(policy, str(device), threads, config.corpus)
+        labelling = task.assignment.labellings["shards"]
+        self.identity = Identity.of(config, labelling, self.clip.fingerprint, task.source)
         self.selection = Selection(config.train.selection, config.folder)
         place = Place(
             f"{task.who}/{self.rank}",
@@ -151,7 +154,10 @@ class _Worker:
 
     def _trained(self) -> tuple[Trained, dict[str, Tensor]]:
         """Trains from the newest checkpoint to the end; gives the weights to keep, too."""
-        start = checkpoint.load_latest(self.config.folder / "checkpoints")
+        folder = self.config.folder / "checkpoints"
+        start = checkpoint.load_latest(folder)
+        if start:
+            self.identity.require(start.identity, f"{folder}")
         rollbacks = len(rollback.taken(self.config.folder))
         _require_one_start((start.step if start else 0, rollbacks), self.world)
         trainer = self._trainer(start, rollbacks)
@@ -166,6 +172,7 @@ class _Worker:
                 self.config.corpus,
                 self.config.folder,
                 start,
+                self.identity,
                 self.device,
                 lambda pass_: self._after_pass(pass_, trainer),
             )
