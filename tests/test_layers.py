@@ -15,7 +15,7 @@ FLOORS = (
         "engine.json_text",
         "kernels",
     ),
-    ("engine.clip", "engine.data", "engine.parse"),
+    ("engine.clip", "engine.data", "engine.lease", "engine.parse"),
     ("engine.labels",),
     ("engine.train",),
     ("engine.",),  # the driver: whatever else lies in engine/ itself
