@@ -13,6 +13,7 @@ __all__ = [
     "ClassesConfig",
     "Colleague",
     "CorpusConfig",
+    "Drained",
     "Precision",
     "Range",
     "RayConfig",
@@ -41,6 +42,11 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run has come to nothing; one message tells why, and no traceback is shown."""
+
+
+class Drained(KeyboardInterrupt):
+    """SIGTERM has stopped a run, which `--resume` goes on with. No `except Exception` is to keep
+    it."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,10 @@ class StudentConfig(Section):
     """DeepSpeed ZeRO stage."""
     offload: bool = False
     """Keep the optimizer's state, and its step, on the CPU (ZeRO-Offload)."""
+    timeout_s: Annotated[float, Range(1)] = 60.0
+    """A worker that gives no sign of life for so long is given up, and all are restarted from the
+    last checkpoint. One that is alive may wait for labels, and others for it, targets.timeout_s
+    longer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -116,7 +116,7 @@ class _Tail:
     """The records that are written to a file from now on."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._offset = file, 0
+        self._file, self._offset = file, file.stat().st_size if file.exists() else 0
 
     def read(self) -> list[dict[str, Any]]:
         """The whole records written since the last time."""

@@ -1,17 +1,32 @@
-"""The folder of a run: made once, with the settings and versions that it ran with."""
+"""The folder of a run: made once, with the settings that it runs with, and a line for each life.
+
+A life is a driver's: from the run's start, or its resumption, to its end, however that comes.
+"""
 
 import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.config import Run, UserError, to_dict
+from engine.config import Run, RunConfig, UserError, to_dict
 
-__all__ = ["check_free", "create", "git", "write"]
+__all__ = [
+    "check",
+    "check_free",
+    "create",
+    "differences",
+    "ended",
+    "git",
+    "go_on",
+    "require_begun",
+    "write",
+]
 
 PACKAGES = ("torch", "open_clip_torch", "deepspeed", "ray", "nvidia-dali-cuda130", "triton")
 
@@ -20,7 +35,10 @@ def check_free(run: Run) -> None:
     """Raises UserError where the folder is taken, or is not a run's to replace."""
     folder = run.folder
     if folder.exists() and not run.overwrite:
-        raise UserError(f"name: {folder} exists already; choose another name, or pass --overwrite")
+        raise UserError(
+            f"name: {folder} exists already; choose another name, or pass --overwrite, or --resume "
+            "to go on with a distillation"
+        )
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not os.access(above, os.W_OK):
         raise UserError(f"runs_dir: {above} cannot be written to")
@@ -28,19 +46,92 @@ def check_free(run: Run) -> None:
         raise UserError(f"name: {folder} is no run folder: --overwrite will not remove it")
 
 
-def create(run: Run) -> Path:
-    """Makes the folder and writes its `config.json`; removes an old one if told to overwrite."""
+def check(run: Run, resume: bool) -> None:
+    """Raises UserError where a run can neither go on in its folder, if it is to `resume`, nor be
+    begun there."""
+    if resume and run.overwrite:
+        raise UserError("overwrite: it removes the run that --resume goes on with; choose one")
+    if resume and run.folder.exists():
+        require_begun(run)
+    else:
+        check_free(run)
+
+
+def require_begun(run: Run) -> None:
+    """Raises UserError where there is no run to go on with."""
+    if not (run.folder / "config.json").exists():
+        raise UserError(f"name: --resume goes on with a run, and {run.folder} holds none")
+
+
+def ended(run: Run) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end."""
+    file = run.folder / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def create(run: Run, **life: Any) -> Path:
+    """Makes the folder and writes its `config.json`; removes an old one if told to overwrite.
+    `life`: what else there is to say of the run's first."""
     folder = run.folder
+    old = folder.with_name(f"{folder.name}.{time.time_ns()}.old")
     if run.overwrite and folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     try:
         folder.mkdir(parents=True)  # whoever makes it owns it
     except FileExistsError:
         raise UserError(f"name: {folder} has been taken by another run meanwhile") from None
-    versions = {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
-    about = {"versions": versions, "git_sha": git("rev-parse", "--verify", "HEAD")}
+    first = _life(**life)
+    about = {"versions": first["versions"], "git_sha": first["git_sha"], "lives": [first]}
     write(folder / "config.json", to_dict(run) | about)
+    if old.exists():
+        shutil.rmtree(old)
     return folder
+
+
+def go_on(run: Run, **life: Any) -> tuple[int, float]:
+    """Adds a life to `config.json`, which is otherwise kept. Gives the life's number, and the
+    seconds that the earlier ones took."""
+    file, metrics = run.folder / "config.json", run.folder / "metrics.jsonl"
+    told = json.loads(file.read_text())
+    *_, last = lives = told["lives"]
+    # It may have had no chance to say when it ended.
+    last_s = metrics.stat().st_mtime - last["started"] if metrics.exists() else 0.0
+    last["wall_s"] = max(last_s, 0.0)
+    told["lives"] = [*lives, _life(**life)]
+    write(file, told)
+    return len(told["lives"]), sum(life["wall_s"] for life in lives)
+
+
+def _life(**more: Any) -> dict[str, Any]:
+    versions = {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
+    return {
+        "started": time.time(),
+        "host": socket.gethostname(),
+        **more,
+        "versions": versions,
+        "git_sha": git("rev-parse", "--verify", "HEAD"),
+    }
+
+
+# ------------------------------------------------------------ to be replaced by the checkpoint's
+
+_ORDER = ("lanes", "block_samples", "window_blocks", "view_seed")
+_STUDENT = ("model", "weights", "trainable", "prompts", "depth", "projector_width")
+_FREE = {"log_steps", "checkpoint_steps", "max_failures", "kernels", "judge_images", "rollbacks"}
+
+
+def differences(run: RunConfig) -> list[str]:
+    """One line for each setting in which a run differs from what its folder was begun with, and
+    may not."""
+    then, now = json.loads((run.folder / "config.json").read_text()), to_dict(run)
+    fields = [("seed", then["seed"], now["seed"])]
+    for section, names in (
+        ("corpus", _ORDER),
+        ("student", _STUDENT),
+        ("train", now["train"].keys() - _FREE),
+    ):
+        fields += [(f"{section}.{n}", then[section].get(n), now[section][n]) for n in sorted(names)]
+    return [f"{name}: {was} there, {is_} here" for name, was, is_ in fields if was != is_]
 
 
 def git(*words: str) -> str | None:
@@ -55,5 +146,7 @@ def git(*words: str) -> str | None:
 
 
 def write(path: Path, value: Any) -> None:
-    """Writes JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    """Writes JSON, the whole of it or nothing."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)

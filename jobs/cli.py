@@ -26,7 +26,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit code: 0, 2 for what the user can mend, 1 otherwise."""
+    """Runs a command and gives its exit code: 0 done, 1 failed, 2 for what the user can mend, 130
+    after Ctrl-C, 143 drained after SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_help())
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], name: str) -> int:
-    """Calls a command's main. What the user can mend becomes a message and exit code 2."""
-    from engine.config import RunFailed, UserError
+    """Calls a command's main; how it ends becomes a message and an exit code, see main()."""
+    from engine.config import Drained, RunFailed, UserError
 
     try:
         return command(args) or 0
@@ -57,6 +58,9 @@ def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], nam
             raise
         print(f"promptkd {name}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except Drained as word:
+        print(f"promptkd {name}: {word}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"promptkd {name}: interrupted", file=sys.stderr)
         return 130

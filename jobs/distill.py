@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig, Section, UserError, to_dict
+from engine.config import Drained, RunConfig, Section, UserError, to_dict
 from engine.parse import Flat, parse
 from engine.together import check_together
 from jobs.cli import PRESETS, run
@@ -31,6 +31,9 @@ class DistillConfig(Section):
     seed what each has of its own. The run folder of FILE.toml is NAME/FILE."""
     seeds: str = ""
     """Seeds like 1,2,3: a run for each, in NAME/seed-1 and so on; tells their mean and spread."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder; of several students or seeds, with those
+    that have not ended."""
     dry_run: bool = False
     """Print the resolved config and stop."""
 
@@ -46,16 +49,18 @@ def main(args: Sequence[str]) -> int:
         told = {name: to_dict(one) for name, one in students.items()} or to_dict(config)
         print(json.dumps(told, indent=2))
         return 0
+    if asked.resume and not config.folder.exists():
+        raise UserError(f"name: --resume goes on with a run, and {config.folder} does not exist")
     if students:
         if seeds:
             raise UserError("seeds: several students have a seed each, in their files")
-        return _together(students)
+        return _together(students, asked.resume)
     if not seeds:
         from engine.run import distill
 
-        _tell(distill(config), config)
+        _tell(distill(config, asked.resume), config)
         return 0
-    return _each(config, seeds)
+    return _each(config, seeds, asked.resume)
 
 
 def _parsed(args: Sequence[str], *more: str) -> DistillConfig:
@@ -83,16 +88,21 @@ def _students(args: Sequence[str], asked: DistillConfig) -> dict[str, RunConfig]
     return found
 
 
-def _together(students: Mapping[str, RunConfig]) -> int:
+def _together(students: Mapping[str, RunConfig], resume: bool) -> int:
     from engine.run import distill_students
 
-    outcomes = distill_students(students)
+    outcomes = distill_students(students, resume)
+    drained: list[Drained] = []
     for name, outcome in outcomes.items():
         print(f"student {name}")
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, Drained):
+            drained.append(outcome)
+        elif isinstance(outcome, Exception):
             print(f"student {name} failed: {outcome}", file=sys.stderr)
         else:
             _tell(outcome, students[name])
+    if drained:
+        raise drained[0]
     return 1 if any(isinstance(outcome, Exception) for outcome in outcomes.values()) else 0
 
 
@@ -106,19 +116,20 @@ def _tell(summary: Mapping[str, Any], config: RunConfig) -> None:
     print(f"run folder: {config.folder}")
 
 
-def _each(config: RunConfig, seeds: Sequence[int]) -> int:
+def _each(config: RunConfig, seeds: Sequence[int], resume: bool) -> int:
     """A run for each seed."""
     from engine.run import distill
-    from engine.run_folder import check_free
+    from engine.run_folder import check
 
     runs = {seed: of_seed(config, seed) for seed in seeds}
-    for run_ in runs.values():  # before the first of them takes its hours
-        check_free(run_)
+    begun = {seed for seed, run_ in runs.items() if resume and run_.folder.exists()}
+    for seed, run_ in runs.items():  # before the first of them takes its hours
+        check(run_, seed in begun)
     trained, summaries, failures = [], [], []
     for seed, run_ in runs.items():
         print(f"seed {seed}", file=sys.stderr)
         try:
-            summaries.append(distill(run_))
+            summaries.append(distill(run_, seed in begun))
             trained.append(seed)
         except RuntimeError as error:  # the other seeds are to be told of, too
             failures.append(f"seed {seed} failed: {error}")

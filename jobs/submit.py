@@ -28,6 +28,8 @@ class SubmitConfig(Section):
     run: Flat[RunConfig]
     seeds: str = ""
     """Seeds like 1,2,3: a run for each, as of `promptkd distill`."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the run folder, as of `promptkd distill`."""
     address: str = ""
     """Jobs address, http://HOST:8265. Empty: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."""
     allow_unauthenticated: bool = False
@@ -57,7 +59,8 @@ def main(args: Sequence[str]) -> int:
             shutil.copytree(source, Path(upload) / package, ignore=ignored)
         (Path(upload) / "run.json").write_text(json.dumps(to_dict(config)))
         words = [asked.python, "-m", "jobs.distill", "run.json"]
-        entrypoint = shlex.join([*words, *(["--seeds", asked.seeds] if asked.seeds else [])])
+        words += ["--seeds", asked.seeds] if asked.seeds else []
+        entrypoint = shlex.join([*words, *(["--resume"] if asked.resume else [])])
         return asyncio.run(_follow(address, upload, entrypoint))
 
 
@@ -67,7 +70,9 @@ async def _follow(address: str, upload: str, entrypoint: str) -> int:
 
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": upload})
+        # `ray job stop` sends SIGTERM: time to drain, before it kills.
+        runtime_env = {"working_dir": upload, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
+        job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
     except (ConnectionError, AuthenticationError, RuntimeError, ValueError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
         raise UserError(

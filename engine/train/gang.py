@@ -1,12 +1,16 @@
 """The student workers as a Ray Train job: placement, restarts, and a worker in each process."""
 
+import math
+import os
 from typing import Any
 
+import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from engine.progress import hand_over
 from engine.telemetry import Recorder
+from engine.train.stops import hear_sigterm
 from engine.train.worker import Task, work
 
 __all__ = ["run_gang"]
@@ -15,13 +19,21 @@ __all__ = ["run_gang"]
 def run_gang(task: Task) -> dict[str, Any]:
     """Runs the student workers to their end, and gives what rank 0 has to tell.
 
+    A worker that does not answer Ray for `student.timeout_s` has failed: it is stopped, or hangs.
+    One that answers has so long, beyond `targets.timeout_s`, to join the others in a collective.
+
     Raises ray.train.WorkerGroupError once workers have failed more often than allowed.
     """
     config = task.config
+    silent_s = config.student.timeout_s
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(silent_s)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if config.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if config.device == "cuda" else "gloo",
+            timeout_s=math.ceil(config.targets.timeout_s + silent_s),
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.student.workers,
             use_gpu=config.device == "cuda",
@@ -43,4 +55,6 @@ def _work(told: dict[str, Task]) -> dict[str, Any]:
     task = told["task"]
     recorder = Recorder(task.config.folder)
     hand_over(lambda text: recorder.record("notice", text=text))
+    # Here is a thread beside the actor's main one, and only that one may set a signal's handler.
+    ray.get(ray.get_runtime_context().current_actor.execute.remote(hear_sigterm))
     return work(task, get_device())

@@ -24,6 +24,7 @@ from engine.train.checkpoint import Checkpoint, Saver
 from engine.train.health import Health
 from engine.train.identity import Identity
 from engine.train.ledger import Ledger, Spoilt, Watch
+from engine.train.stops import Stop, Stopped, Stops
 
 if TYPE_CHECKING:
     from engine.train.student import StudentTrainer  # DeepSpeed is slow to import
@@ -36,12 +37,13 @@ _SHORTEST_PERIOD = 20  # steps between checkpoints, unless told otherwise
 
 @dataclass(frozen=True)
 class Trained:
-    """What a worker's training came to; all but the waits are over all workers."""
+    """What a worker's training came to; all but the waits are over all workers, and all lives."""
 
     steps: int
     train_s: float
     ledger: Ledger
-    waited_labels_s: float  # mean over workers
+    life_s: float  # of train_s, since these workers were started
+    waited_labels_s: float  # of that, mean over workers
     waited_data_s: float
     stages: dict[str, Any]  # of rank 0's loader
 
@@ -71,13 +73,15 @@ def train(
     identity: Identity,
     device: torch.device,
     after_pass: Callable[[int], None],
+    stops: Stops,
 ) -> Trained:
     """Trains from `start`, or from the beginning, to the last step.
 
     Rank 0 appends records to `folder`/metrics.jsonl and writes `folder`/checkpoints, of the run of
     this `identity`, while training goes on; on return or raise nothing is being written. All
-    workers call `after_pass` with the number of each pass they complete, and raise Collapse, or
-    Spoilt, at the same step, or RunFailed where the last checkpoint cannot be written.
+    workers call `after_pass` with the number of each pass they complete, and raise Collapse, Spoilt
+    or Stopped at the same step: the last with that step committed, unless the run is another's. Or
+    RunFailed, where the last checkpoint cannot be written.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     total_steps = config.passes * order.steps
@@ -107,7 +111,12 @@ def train(
             counts += trainer.step(batch.work.step, batch.here(), targets)
             ledger.add(batch, targets.valid_B)
             done = batch.work.step + 1
-            saves = done % period == 0 or done == total_steps
+            stop = stops.agreed()
+            saves = done % period == 0 or done == total_steps or stop is not Stop.NONE
+            if saves:
+                stop = max(stop, stops.now())
+            if stop is Stop.LOST:
+                raise Stopped(stop, done)
             if done % config.log_steps == 0 or saves:  # what is saved has been looked at
                 seen = torch.tensor([ledger.failed, ledger.visited], device=device)
                 totals = _sum(torch.cat([counts.double(), seen.double()]))
@@ -152,8 +161,11 @@ def train(
             if saves:
                 train_s = before_s + time.perf_counter() - started
                 _save(trainer, saver, done, train_s, ledger, health, identity)
+            if stop is not Stop.NONE:
+                _require_saved(saver)
+                raise Stopped(stop, done)
         _require_saved(saver)
-        train_s = before_s + time.perf_counter() - started
+        life_s = time.perf_counter() - started
     finally:
         loader.close()
         if saver:
@@ -166,7 +178,9 @@ def train(
     assert everyone.visited == config.passes * order.samples, "samples were left out of the run"
     waits = _sum(torch.tensor([source.waited_s, loader.waited_s], device=device)) / world
     labels_s, data_s = waits.tolist()
-    return Trained(total_steps, train_s, everyone, labels_s, data_s, loader.stages())
+    return Trained(
+        total_steps, before_s + life_s, everyone, life_s, labels_s, data_s, loader.stages()
+    )
 
 
 def kept(order: Order, world: int) -> int:

@@ -34,6 +34,7 @@ from engine.train.identity import Identity
 from engine.train.ledger import Ledger, Spoilt
 from engine.train.loop import Trained, kept, merged, train
 from engine.train.selection import Selection
+from engine.train.stops import Stop, Stopped, Stops
 from kernels.kl import Impl, chosen
 from kernels.trial import trial
 
@@ -53,13 +54,15 @@ class Task(NamedTuple):
     roster: Any = None  # the stream's
     who: str = ""  # which of several students it is
     shared: bool = False  # there are others
+    owner: str = ""  # of the run folder's lease
 
 
 def work(task: Task, device: torch.device) -> dict[str, Any]:
     """Trains, writes the bundle and evaluates, on the process group that is already there.
 
     Gives the same on every worker: steps, seconds, ledgers and scores; or, under `collapsed` or
-    `spoilt`, why the student, or the corpus, was given up. Raises UserError where workers do not
+    `spoilt`, why the student, or the corpus, was given up; or, under `stopped`, a Stop, and `step`,
+    that of the last checkpoint. Raises UserError where workers do not
     see the same run folder, RuntimeError where labels do not come.
     """
     torch.set_num_threads(task.config.student.threads)
@@ -71,6 +74,7 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
             corpus.close()
         worker.decoder.close()
         worker.source.close()
+        worker.stops.close()
 
 
 class _Worker:
@@ -108,6 +112,7 @@ class _Worker:
         self.source = source_of(
             task.source, task.assignment, task.roster, self.corpora, place, task.shared
         )
+        self.stops = Stops(config.folder, task.owner, device)
 
     def run(self) -> dict[str, Any]:
         """All of a run; see work()."""
@@ -116,6 +121,8 @@ class _Worker:
             try:
                 trained, weights = self._trained()
                 break
+            except Stopped as stopped:
+                return {"stopped": int(stopped.stop), "step": stopped.step}
             except Spoilt as spoilt:
                 return {"spoilt": str(spoilt)}
             except Collapse as collapse:
@@ -141,6 +148,7 @@ class _Worker:
         return {
             "steps": trained.steps,
             "train_s": trained.train_s,
+            "life_s": trained.life_s,
             "waited_labels_s": trained.waited_labels_s,
             "waited_data_s": trained.waited_data_s,
             "data": trained.stages,
@@ -159,7 +167,10 @@ class _Worker:
         if start:
             self.identity.require(start.identity, f"{folder}")
         rollbacks = len(rollback.taken(self.config.folder))
-        _require_one_start((start.step if start else 0, rollbacks), self.world)
+        first = start.step if start else 0
+        _require_one_start((first, rollbacks), self.world)
+        if (stop := self.stops.now()) is not Stop.NONE:
+            raise Stopped(stop, first)
         trainer = self._trainer(start, rollbacks)
         try:
             trained = train(
@@ -175,6 +186,7 @@ class _Worker:
                 self.identity,
                 self.device,
                 lambda pass_: self._after_pass(pass_, trainer),
+                self.stops,
             )
             last, _ = trainer.state()
         finally:
