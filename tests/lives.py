@@ -1,0 +1,62 @@
+"""Lives of a run's workers, without Ray, that note what they train and end as they are told."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from workers import assignment_of, config_of
+
+from engine.train.ledger import Ledger
+from engine.train.stops import hear_sigterm
+from engine.train.worker import Task, work
+
+
+def life(
+    rank: int,
+    world: int,
+    runs: str,
+    changes: dict[str, Any],
+    ends: str = "",
+    step: int = 0,
+    of: int = 0,
+    owner: str = "",
+) -> dict[str, Any]:
+    """One life of a run. After `step` steps, and before they are committed, rank `of` is killed
+    ("kill"), hears SIGTERM ("term"), or finds that another driver has the run ("lost")."""
+    hear_sigterm()
+    config = config_of(runs, "run", {**changes, "student.workers": world})
+    config.folder.mkdir(parents=True, exist_ok=True)
+    add = Ledger.add
+
+    def observed(self, batch, trained_B):
+        add(self, batch, trained_B)
+        share, done = batch.work.share, batch.work.step + 1
+        pairs = zip(share.blocks.tolist(), share.offsets.tolist(), share.valid, strict=True)
+        ids = [(block, offset) for block, offset, valid in pairs if valid]
+        with open(config.folder / f"samples-{rank}.jsonl", "a") as file:
+            file.write(json.dumps([done, batch.work.view, ids]) + "\n")
+        if (done, rank) != (step, of):
+            return
+        if ends == "lost":
+            (config.folder / "lease.json").write_text('{"owner": "another"}')
+        elif ends:
+            os.kill(os.getpid(), signal.SIGKILL if ends == "kill" else signal.SIGTERM)
+
+    Ledger.add = observed  # in this process, which ends with this life
+    return work(
+        Task(config, assignment_of(config), None, "inline", owner=owner), torch.device("cpu")
+    )
+
+
+def samples(folder: Path) -> dict[int, list[list]]:
+    """By step, what was trained: (view, sample ids), once for each life that came to it."""
+    world = len(list(folder.glob("samples-*.jsonl")))
+    found: dict[int, list[list]] = {}
+    for rank in range(world):
+        for line in (folder / f"samples-{rank}.jsonl").read_text().splitlines():
+            step, view, ids = json.loads(line)
+            found.setdefault(step, []).extend([view, *one] for one in ids)
+    return found
