@@ -322,6 +322,9 @@ class TrainConfig(Section):
     rollbacks: Annotated[int, Range(0, 100)] = 2
     """Times a collapsed student goes back to its last good checkpoint, at half the learning rate;
     after that the run stops."""
+    max_not_finite: Annotated[int, Range(1)] = 10
+    """Steps in a row whose loss or gradients are not finite on any worker; a student that comes to
+    so many has collapsed. Their samples are told in not_finite.jsonl of the run folder."""
     checkpoint_steps: Annotated[int, Range(1)] = 500
     """Steps between checkpoints, or fewer where a pass is shorter; one is always written at the
     end."""

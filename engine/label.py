@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from engine import cluster
+from engine.clip.towers import load_clip
 from engine.config import RunConfig, RunFailed, UserError, absolute
 from engine.data.corpus import Corpus, open_corpora
 from engine.data.views import TEST_VIEW
@@ -34,7 +35,8 @@ def label(config: RunConfig, most_blocks: int | None) -> dict[str, Any]:
     needed = cluster.wanted(config, [], streams=True)["CPU"]
     with cluster.session(config.ray.address, needed):
         config = cluster.resolve(config)
-        assignment, choice = arranged([config], names)
+        student = load_clip(config.student.model, config.student.weights, "student.")
+        assignment, choice = arranged([config], [student], names)
         if choice.source not in ("stream", "inline"):
             raise UserError(f"targets.source: {choice.source} asks no teacher ({choice.why})")
         cluster.wait_for_room(config, [], streams=True)

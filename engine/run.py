@@ -8,21 +8,17 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 import torch
-from ray.train import TrainingFailedError, WorkerGroupError
 
 from engine import cluster, lease, run_folder
 from engine.announce import placement, recipe
 from engine.clip.class_vectors import ClassVectors, encode_classes
 from engine.clip.templates import read_templates
-from engine.clip.towers import load_clip
-from engine.config import Drained, RunConfig, RunFailed, UserError, absolute
-from engine.data.corpus import open_corpora
+from engine.clip.towers import Clip, load_clip
+from engine.config import RunConfig, absolute
 from engine.labels.scaling import Pool
+from engine.outcome import Outcome, Summary, outcome_of, write_ledger
 from engine.preflight import check
 from engine.progress import Watch, say
 from engine.sigterm import Sigterm
@@ -30,16 +26,10 @@ from engine.staff import arranged
 from engine.telemetry import Recorder
 from engine.together import check_together
 from engine.train import checkpoint
-from engine.train.evaluate import Score
-from engine.train.gang import run_gang
-from engine.train.ledger import Ledger
-from engine.train.stops import Stop
+from engine.train.identity import Identity
 from engine.train.worker import Task
 
 __all__ = ["distill", "distill_students"]
-
-Summary = dict[str, Any]
-Outcome = Summary | Exception | Drained
 
 
 def distill(config: RunConfig, resume: bool = False) -> Summary:
@@ -107,22 +97,29 @@ def _distill(
     stack.enter_context(cluster.session(first.ray.address, needed))
     sigterm.listen()
     configs = {name: cluster.resolve(config) for name, config in configs.items()}
+    clips = _clips(configs)
+    assignment, choice = arranged([*configs.values()], clips.values(), names)
+    identities = {
+        name: Identity.of(
+            config, assignment.labellings["shards"], clips[name].fingerprint, choice.source
+        )
+        for name, config in configs.items()
+    }
     begun = {name for name in leases if resume}
-    for name in begun:
-        if different := run_folder.differences(configs[name]):
-            listed = "".join(f"\n  {line}" for line in different)
-            raise UserError(f"name: {configs[name].folder} was begun as another run:{listed}")
-    assignment, choice = arranged([*configs.values()], names)
+    for name in begun:  # before others are begun
+        run_folder.require_like(configs[name], identities[name])
     streams = choice.source == "stream"
     students = [config.student for config in configs.values()]
     cluster.wait_for_room(assignment.config, students, streams)
-    zero_shots = {name: _zero_shot(config, names) for name, config in configs.items()}
+    zero_shots = {name: _zero_shot(one, clips[name], names) for name, one in configs.items()}
+    clips.clear()  # they are large
     before_s = dict.fromkeys(configs, 0.0)
     for name, config in configs.items():
         if name in begun:
             before_s[name] = _go_on(config)
         else:
-            folder = run_folder.create(config, workers=config.student.workers)
+            workers = config.student.workers
+            folder = run_folder.create(config, identities[name], workers=workers)
             leases[name] = stack.enter_context(closing(lease.take(folder)))
         vectors = config.folder / "class_vectors.safetensors"
         if not vectors.exists():
@@ -175,16 +172,22 @@ def _go_on(config: RunConfig) -> float:
     return before_s
 
 
-def _zero_shot(config: RunConfig, names: tuple[str, ...]) -> ClassVectors | None:
+def _clips(configs: Mapping[str, RunConfig]) -> dict[str, Clip]:
+    """The students' own, on the CPU; one where several have the same."""
+    models = {name: (one.student.model, one.student.weights) for name, one in configs.items()}
+    loaded = {model: load_clip(*model, "student.") for model in sorted({*models.values()})}
+    return {name: loaded[model] for name, model in models.items()}
+
+
+def _zero_shot(config: RunConfig, clip: Clip, names: tuple[str, ...]) -> ClassVectors | None:
     """The student's own class vectors, for the zero-shot accuracy it starts from, where there is an
     evaluation."""
     if not config.corpus.evaluation:
         return None
     say(f"encoding {len(names)} class names with the student's text tower, for its zero-shot score")
-    student = load_clip(config.student.model, config.student.weights, "student.")
     if torch.cuda.is_available():
-        student.text.to("cuda")
-    return encode_classes(student, names, read_templates(config.classes.template))
+        clip.text.to("cuda")
+    return encode_classes(clip, names, read_templates(config.classes.template))
 
 
 def _train(
@@ -192,12 +195,12 @@ def _train(
 ) -> dict[str, Outcome]:
     with Watch({name: task.config.folder / "metrics.jsonl" for name, task in tasks.items()}):
         if len(tasks) == 1:  # Ray Train hears Ctrl-C in the main thread alone
-            return {n: _outcome(task, pool, sigterm, started[n]) for n, task in tasks.items()}
+            return {n: outcome_of(task, pool, sigterm, started[n]) for n, task in tasks.items()}
         outcomes: dict[str, Outcome] = {}
 
         def train(name: str) -> None:
             try:
-                outcomes[name] = _outcome(tasks[name], pool, sigterm, started[name])
+                outcomes[name] = outcome_of(tasks[name], pool, sigterm, started[name])
             except Exception as error:  # the other students are to end in peace
                 outcomes[name] = error
 
@@ -211,102 +214,6 @@ def _train(
                     thread.join(0.5)
         except KeyboardInterrupt:
             for task in tasks.values():
-                _write_ledger(task.config)
+                write_ledger(task.config)
             raise
         return {name: outcomes[name] for name in tasks}
-
-
-def _outcome(task: Task, pool: Pool | None, sigterm: Sigterm, started: float) -> Outcome:
-    """Trains a student to its end, and writes what became of it."""
-    config = task.config
-    try:
-        told = run_gang(task)
-        while told.get("stopped") == Stop.WORKER and not sigterm.asked:
-            say(f"a worker is to leave: step {told['step']} is committed; starting workers again")
-            told = run_gang(task)
-    except TrainingFailedError as failure:
-        _write_ledger(config)
-        return _plain(failure, config.folder / "failure.txt")
-    except KeyboardInterrupt:
-        _write_ledger(config)
-        raise
-    if told.get("stopped") == Stop.LOST:  # and nothing here is ours to write
-        return RunFailed(
-            f"{config.folder} has been taken over by another driver; lease.json names it"
-        )
-    if told.get("stopped"):
-        _write_ledger(config)
-        return Drained(f"ended by SIGTERM after step {told['step']}; --resume goes on from there")
-    if why := told.get("spoilt"):
-        _write_ledger(config)
-        return RunFailed(f"{why}. What was learned is in {config.folder / 'checkpoints'}")
-    if why := told.get("collapsed"):
-        _write_ledger(config)
-        return RunFailed(
-            f"the student has collapsed, after {config.train.rollbacks} roll-backs: {why}. "
-            "A smaller train.lr, a longer train.warmup_steps or a smaller train.kd_weight may help"
-        )
-    told["labels"] |= {"source": task.source}
-    if pool:
-        told["labels"] |= pool.statement()
-    summary = _summary(config.name, told, time.perf_counter() - started)
-    run_folder.write(config.folder / "ledger.json", told["ledger"])
-    run_folder.write(config.folder / "summary.json", summary)
-    return summary
-
-
-def _plain(failure: TrainingFailedError, story: Path) -> Exception:
-    """The worker's own error, without Ray Train's wrapping; its tracebacks go to file `story`."""
-    story.write_text(f"{failure}\n")
-    if not isinstance(failure, WorkerGroupError):
-        return RunFailed(f"Ray Train failed; {story} tells how")
-    rank, error = min(failure.worker_failures.items(), key=lambda item: _blame(*item))
-    if isinstance(error, UserError):
-        return error
-    why = f"{type(error).__name__}: {error}"
-    return RunFailed(f"student worker {rank} failed: {why} ({story} tells where)")
-
-
-def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:
-    """Sorts the cause first: when a worker fails, the others' collectives fail with it."""
-    follows = "Connection closed" in str(error) or "NCCL" in str(error)
-    return not isinstance(error, UserError), follows, rank
-
-
-def _write_ledger(config: RunConfig) -> None:
-    """Of a run that has come to no good end: what its last checkpoint says."""
-    if not (config.folder / "metrics.jsonl").exists():  # it had not begun
-        return
-    try:
-        saved = checkpoint.load_latest(config.folder / "checkpoints")
-    except ValueError as damage:  # told beside the failure that brought us here
-        say(f"warning: {damage}; ledger.json tells of no step")
-        saved = None
-    planned = config.train.passes * open_corpora(config.corpus)["shards"].samples
-    statement = (saved.ledger if saved else Ledger()).statement(planned)
-    run_folder.write(config.folder / "ledger.json", statement)
-
-
-def _summary(name: str, told: dict[str, Any], wall_s: float) -> Summary:
-    unknown = {field.name: None for field in fields(Score)}
-    models = ("student_before", "student_after", "teacher")
-    train_s, trained = told["train_s"], told["ledger"]["trained"]
-    return {
-        "name": name,
-        "images_per_second": trained / train_s,
-        "steps": told["steps"],
-        "samples": trained,
-        "wait_fraction": {
-            "labels": told["waited_labels_s"] / told["life_s"],
-            "data": told["waited_data_s"] / told["life_s"],
-        },
-        **{model: told["scores"].get(model, unknown) for model in models},
-        "data": told["data"],
-        "labels": told["labels"],
-        "skipped": told["ledger"]["skipped"],
-        "evaluation": told["evaluation"],
-        "selection": told["selection"],
-        "rollbacks": told["rollbacks"],
-        "train_s": train_s,
-        "wall_s": wall_s,
-    }

@@ -14,20 +14,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.config import Run, RunConfig, UserError, to_dict
+from engine.config import Run, UserError, to_dict
+from engine.train.identity import Identity
 
 __all__ = [
     "check",
     "check_free",
     "create",
-    "differences",
     "ended",
     "git",
     "go_on",
     "require_begun",
+    "require_like",
     "write",
 ]
 
+_IDENTITY = "identity.json"
 PACKAGES = ("torch", "open_clip_torch", "deepspeed", "ray", "nvidia-dali-cuda130", "triton")
 
 
@@ -69,9 +71,17 @@ def ended(run: Run) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def create(run: Run, **life: Any) -> Path:
+def require_like(run: Run, identity: Identity) -> None:
+    """Raises UserError where the folder's run was begun as one of another identity."""
+    file = run.folder / _IDENTITY
+    if file.exists():
+        identity.require(Identity(json.loads(file.read_text())), f"name: {run.folder}")
+
+
+def create(run: Run, identity: Identity | None = None, **life: Any) -> Path:
     """Makes the folder and writes its `config.json`; removes an old one if told to overwrite.
-    `life`: what else there is to say of the run's first."""
+    `identity`: of a run that can be gone on with; `life`: what else there is to say of its first.
+    """
     folder = run.folder
     old = folder.with_name(f"{folder.name}.{time.time_ns()}.old")
     if run.overwrite and folder.exists():
@@ -82,6 +92,8 @@ def create(run: Run, **life: Any) -> Path:
         raise UserError(f"name: {folder} has been taken by another run meanwhile") from None
     first = _life(**life)
     about = {"versions": first["versions"], "git_sha": first["git_sha"], "lives": [first]}
+    if identity:
+        write(folder / _IDENTITY, identity.settings)
     write(folder / "config.json", to_dict(run) | about)
     if old.exists():
         shutil.rmtree(old)
@@ -111,27 +123,6 @@ def _life(**more: Any) -> dict[str, Any]:
         "versions": versions,
         "git_sha": git("rev-parse", "--verify", "HEAD"),
     }
-
-
-# ------------------------------------------------------------ to be replaced by the checkpoint's
-
-_ORDER = ("lanes", "block_samples", "window_blocks", "view_seed")
-_STUDENT = ("model", "weights", "trainable", "prompts", "depth", "projector_width")
-_FREE = {"log_steps", "checkpoint_steps", "max_failures", "kernels", "judge_images", "rollbacks"}
-
-
-def differences(run: RunConfig) -> list[str]:
-    """One line for each setting in which a run differs from what its folder was begun with, and
-    may not."""
-    then, now = json.loads((run.folder / "config.json").read_text()), to_dict(run)
-    fields = [("seed", then["seed"], now["seed"])]
-    for section, names in (
-        ("corpus", _ORDER),
-        ("student", _STUDENT),
-        ("train", now["train"].keys() - _FREE),
-    ):
-        fields += [(f"{section}.{n}", then[section].get(n), now[section][n]) for n in sorted(names)]
-    return [f"{name}: {was} there, {is_} here" for name, was, is_ in fields if was != is_]
 
 
 def git(*words: str) -> str | None:

@@ -1,7 +1,7 @@
 """Who labels a run's images, how, and where its labels come from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +22,13 @@ from engine.progress import say
 __all__ = ["arranged"]
 
 
-def arranged(configs: Sequence[RunConfig], names: tuple[str, ...]) -> tuple[Assignment, Choice]:
-    """How the labels of students that share them are made, and where they come from; `names` are
-    the classes. Raises UserError."""
-    first, scales = configs[0], _scales(configs)
+def arranged(
+    configs: Sequence[RunConfig], students: Iterable[Clip], names: tuple[str, ...]
+) -> tuple[Assignment, Choice]:
+    """How the labels of students that share them are made, and where they come from; `students` are
+    their CLIPs, `names` the classes. Raises UserError."""
+    first = configs[0]
+    scales = {clip.name: clip.logit_scale for clip in students}
     teachers = [
         _teacher(
             first.device, Colleague(teacher=first.teacher, classes=first.classes), names, scales, ""
@@ -82,13 +85,6 @@ def _teacher(
         teacher.text.to("cuda")
     templates = own_templates(teacher, read_templates(one.classes.template))
     return TeacherSpec(resolved, encode_classes(teacher, names, templates))
-
-
-def _scales(configs: Sequence[RunConfig]) -> dict[str, float]:
-    """Of the students' logits, by the name of their CLIP."""
-    models = {(config.student.model, config.student.weights) for config in configs}
-    clips = (load_clip(*model, "student.") for model in sorted(models))
-    return {clip.name: clip.logit_scale for clip in clips}
 
 
 def _require_like_scales(teacher: Clip, scales: Mapping[str, float], where: str) -> None:

@@ -7,7 +7,7 @@ from engine.train.health import Collapse, Health
 def observe(health: Health, *records: tuple[float, float], bad: float = 0) -> None:
     """Records of 10 steps and 2,000 images, with these means of KL and agreement; 1,000 classes."""
     for kl, agreement in records:
-        told = (2000, 2000 * kl, 2000 * agreement, 10, bad)
+        told = (2000, 2000 * kl, 2000 * agreement, 10, bad, 0)
         health.observe(*told, classes=1000, enough=2000)
 
 
@@ -55,8 +55,6 @@ def test_steps_that_are_not_finite_again_and_again_are_a_collapse():
     health = Health()
     with pytest.raises(Collapse, match="again and again were not finite"):
         observe(health, *[(1.0, 0.9)] * 4, bad=2)
-    with pytest.raises(Collapse, match="not finite in each of 10 steps"):
-        observe(Health(), (0.0, 0.0), bad=10)
 
 
 def test_a_student_that_agrees_with_nobody_yet_has_not_collapsed():
@@ -71,13 +69,13 @@ def test_noise_around_a_constant_agreement_is_no_collapse(classes, level, batch)
     draw = np.random.default_rng(0)
     health = Health()
     for agreeing in draw.binomial(batch, level, 20_000):
-        health.observe(batch, batch * 1.0, agreeing, 1, 0, classes=classes, enough=2000)
+        health.observe(batch, batch * 1.0, agreeing, 1, 0, 0, classes=classes, enough=2000)
     assert health.judgements == 80
 
 
 def test_records_are_added_up_to_a_judgement():
     health = Health()
     for _ in range(7):
-        health.observe(300, 600.0, 150.0, 2, 0, classes=1000, enough=2000)
+        health.observe(300, 600.0, 150.0, 2, 0, 0, classes=1000, enough=2000)
     assert health.judgements == 1 and health.images == 0
     assert health.kl == pytest.approx(2) and health.agreement == pytest.approx(0.5, abs=1e-3)

@@ -1,7 +1,7 @@
 """Steps whose loss or gradients were not finite: counted on the device, looked at now and then."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from engine.data.order import Order
+from engine.train.health import Collapse
 
-__all__ = ["NotFinite", "Streak", "require_updates", "samples_of", "write_samples"]
+__all__ = [
+    "NotFinite",
+    "Streak",
+    "require_finite",
+    "require_updates",
+    "samples_of",
+    "write_samples",
+]
 
 
-class NotFinite(RuntimeError):
-    """No worker could learn from any of `steps`, the last ones. All workers raise it at the same
-    step."""
+class NotFinite(Collapse):
+    """No worker could learn from any of `steps`, the last ones."""
 
     def __init__(self, steps: range) -> None:
         super().__init__(
@@ -46,6 +53,13 @@ def require_updates(length: int, done: int, most: int) -> None:
     steps of the run up to now."""
     if length >= most:
         raise NotFinite(range(done - length, done))
+
+
+def require_finite(state: Mapping[str, Tensor]) -> None:
+    """Raises Collapse where a weight, or what an optimizer keeps of one, is not finite."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise Collapse(f"{name} is not finite")
 
 
 def samples_of(order: Order, steps: range) -> Iterator[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ stored, its hash is in the identity; the number of roll-backs is in `rollbacks.j
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -33,7 +33,7 @@ from engine.train.health import Health
 from engine.train.identity import Identity
 from engine.train.ledger import Ledger
 
-__all__ = ["Checkpoint", "Saver", "Unsound", "load_latest", "roll_back", "save"]
+__all__ = ["Checkpoint", "Saver", "Unsound", "load_latest", "newest_good", "roll_back", "save"]
 
 _STUDENT, _OPTIMIZER, _STATE = FILES
 _PACKAGES = ("torch", "deepspeed")  # another version of which may compute otherwise
@@ -67,8 +67,17 @@ class Saver:
     there is to write.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_every: int,
+        require_held: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`require_held` is called before a checkpoint is committed, and raises where this process
+        is not to write any more."""
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
+        self._require_held = require_held
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._coming: Future[None] | None = None
         self._failed: OSError | None = None  # the last save
@@ -95,7 +104,7 @@ class Saver:
 
     def _save(self, checkpoint: Checkpoint) -> None:
         try:
-            save(self._folder, checkpoint, self._keep_last, self._keep_every)
+            save(self._folder, checkpoint, self._keep_last, self._keep_every, self._require_held)
         except OSError as error:
             if not self._failed:
                 say(
@@ -108,11 +117,17 @@ class Saver:
             self._failed = None
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep_last: int = 2, keep_every: int = 0) -> Path:
+def save(
+    folder: Path,
+    checkpoint: Checkpoint,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    require_held: Callable[[], None] = lambda: None,
+) -> Path:
     """Writes a checkpoint into `folder`, and removes older ones: all but the last `keep_last`, the
     newest good one, and the first one of every `keep_every` steps (0: no more). While it is being
     written, there is one more. Raises OSError where it is not written."""
-    path = files.commit(folder, checkpoint.step, _contents(checkpoint))
+    path = files.commit(folder, checkpoint.step, _contents(checkpoint), require_held)
     try:
         files.retain(folder, _kept(folder, checkpoint.step, keep_last, keep_every))
     except OSError as error:
@@ -192,22 +207,23 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def roll_back(folder: Path, unless: int | None = None) -> int:
-    """Removes the checkpoints after the newest that is good and sound; gives its step, 0 where
-    there is none.
-
-    One of step `unless` does not count as good.
-    """
-    steps, good = files.steps(folder), 0
-    for step in reversed(steps):
+def newest_good(folder: Path, unless: int | None = None) -> int:
+    """The step of the newest checkpoint that is sound, and of a student that learned well; 0 where
+    there is none. One of step `unless` does not count."""
+    for step in reversed(files.steps(folder)):
         try:
             if step != unless and _load(folder, step).health.good:
-                good = step
-                break
+                return step
         except Damaged as damage:
             say(f"warning: {damage}")
+    return 0
+
+
+def roll_back(folder: Path, unless: int | None = None) -> int:
+    """Removes the checkpoints after the newest good one, and gives its step; see newest_good()."""
+    good = newest_good(folder, unless)
     files.point(folder, good or None)
-    for step in steps:
+    for step in files.steps(folder):
         if step > good:
             files.remove(folder, step)
     return good

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,15 @@ def steps(folder: Path) -> list[int]:
 # ------------------------------------------------------------ writing
 
 
-def commit(folder: Path, step: int, files: Iterable[tuple[str, bytes]]) -> Path:
+def commit(
+    folder: Path,
+    step: int,
+    files: Iterable[tuple[str, bytes]],
+    require_held: Callable[[], None] = lambda: None,
+) -> Path:
     """Writes a checkpoint of FILES, which are asked for one by one. Whatever happens meanwhile,
     those that were there stay; one of the same step, of a life of the run that went further than
-    its successor, is replaced."""
+    its successor, is replaced. `require_held` may raise, just before the commitment."""
     final = path_of(folder, step)
     partial = final.with_name(f"{final.name}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +84,7 @@ def commit(folder: Path, step: int, files: Iterable[tuple[str, bytes]]) -> Path:
         manifest = {"format": _FORMAT, "step": step, "files": told}
         _write(partial / _MANIFEST, _json(manifest | {"self": _digest(manifest)}))
         _flush(partial)
+        require_held()
         if final.exists():
             os.rename(final, final.with_name(f"{final.name}.old"))
         os.rename(partial, final)

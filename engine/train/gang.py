@@ -2,12 +2,14 @@
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from engine.config import RunFailed, UserError
 from engine.progress import hand_over
 from engine.telemetry import Recorder
 from engine.train.stops import hear_sigterm
@@ -22,7 +24,7 @@ def run_gang(task: Task) -> dict[str, Any]:
     A worker that does not answer Ray for `student.timeout_s` has failed: it is stopped, or hangs.
     One that answers has so long, beyond `targets.timeout_s`, to join the others in a collective.
 
-    Raises ray.train.WorkerGroupError once workers have failed more often than allowed.
+    Raises UserError or RunFailed once workers have failed more often than allowed.
     """
     config = task.config
     silent_s = config.student.timeout_s
@@ -49,6 +51,26 @@ def run_gang(task: Task) -> dict[str, Any]:
         return trainer.fit().return_value
     except SystemExit:  # what Ray Train makes of Ctrl-C
         raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as failure:
+        raise _plain(failure, config.folder / "failure.txt") from failure
+
+
+def _plain(failure: ray.train.TrainingFailedError, story: Path) -> Exception:
+    """The worker's own error, without Ray Train's wrapping; its tracebacks go to file `story`."""
+    story.write_text(f"{failure}\n")
+    if not isinstance(failure, ray.train.WorkerGroupError):
+        return RunFailed(f"Ray Train failed; {story} tells how")
+    rank, error = min(failure.worker_failures.items(), key=lambda item: _blame(*item))
+    if isinstance(error, UserError):
+        return error
+    why = f"{type(error).__name__}: {error}"
+    return RunFailed(f"student worker {rank} failed: {why} ({story} tells where)")
+
+
+def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:
+    """Sorts the cause first: when a worker fails, the others' collectives fail with it."""
+    follows = "Connection closed" in str(error) or "NCCL" in str(error)
+    return not isinstance(error, UserError), follows, rank
 
 
 def _work(told: dict[str, Task]) -> dict[str, Any]:

@@ -35,11 +35,12 @@ class Health:
     kl: float = 0.0  # smoothed
     judgements: int = 0
     bad: int = 0  # judgements in a row that were bad
+    streak: int = 0  # of steps that nobody learned from, as it was last told
 
     @property
     def good(self) -> bool:
         """Whether to go back here after a collapse."""
-        return self.bad == 0 and self.agreement >= _GOOD * self.best
+        return self.bad == 0 and self.streak == 0 and self.agreement >= _GOOD * self.best
 
     def observe(
         self,
@@ -48,15 +49,16 @@ class Health:
         agreeing: float,
         steps: int,
         not_finite: float,
+        streak: int,
         *,
         classes: int,
         enough: int,
     ) -> None:
         """Takes in a record: sums over valid images, and how many steps had a loss or gradient that
-        was not finite; both over all workers, whose steps count one by one. Judges once there are
-        `enough` images. Raises Collapse."""
-        if not_finite >= steps:
-            raise Collapse(f"loss or gradients were not finite in each of {steps} steps")
+        was not finite; both over all workers, whose steps count one by one. `streak`: from how many
+        of the latest steps nobody has learned. Judges once there are `enough` images. Raises
+        Collapse."""
+        self.streak = streak
         self.images += int(images)
         self.kl_sum += kl_sum
         self.agreeing += agreeing

@@ -15,6 +15,7 @@ __all__ = ["Identity"]
 _FREE = (
     "kernels",
     "judge_images",
+    "max_not_finite",
     "rollbacks",
     "checkpoint_steps",
     "keep_last",

@@ -36,6 +36,13 @@ class Ledger:
         reasons = Counter(batch.reasons[row] or "teacher" for row in left_out)
         self.skipped = dict(Counter(self.skipped) + reasons)
 
+    def lose(self, count: int) -> None:
+        """Counts so many as skipped that were added as trained: those whose loss or gradients were
+        not finite, which is known later. In the ledger of one worker, for all of them."""
+        if count:
+            self.trained -= count
+            self.skipped = dict(Counter(self.skipped) + Counter(not_finite=count))
+
     @property
     def failed(self) -> int:
         """Samples that could not be used, against what the index said."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine import lease
+from engine.config import RunFailed
 from engine.progress import say
 
 __all__ = ["Stop", "Stopped", "Stops", "hear_sigterm"]
@@ -93,6 +94,14 @@ class Stops:
         if self._reads:
             self._look()
         return Stop(int(self._everyones()))
+
+    def require_held(self) -> None:
+        """For the process that writes, just before it commits. Raises RunFailed where the run has
+        been taken over, OSError where that cannot be told."""
+        if self._reads:
+            self._look()
+            if self._seen is Stop.LOST:
+                raise RunFailed(f"{self._folder} has been taken over by another driver")
 
     def close(self) -> None:
         self._ended.set()

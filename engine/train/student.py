@@ -98,8 +98,9 @@ class StudentTrainer:
 
     def step(self, step: int, images_BCHW: Tensor, targets: Targets) -> Tensor:
         """One update. Gives, summed over this worker's valid images: their number, their KL, how
-        many have the teacher's top class, and their loss; and 1 if that or a gradient was not
-        finite, which is then kept out of the update. fp32 [5], on the device. Waits for no GPU.
+        many have the teacher's top class, and their loss. If that or a gradient is not finite, it
+        is kept out of the update, which for this worker has no gradient then; the sums are 0, and
+        followed by the number of images, and 1. fp32 [6], on the device. Waits for no GPU.
 
         A loss of features needs targets of that form."""
         device = self._w_ND.device
@@ -142,8 +143,8 @@ class StudentTrainer:
         self.engine.step()
         agree = (losses.top_s_B == losses.top_t_B) & valid_B
         sums = torch.stack([count, kl, agree.sum().float(), loss.detach()])
-        sums = torch.where(self._finite, sums, 0)
-        return torch.cat([sums, (~self._finite).float()[None]])
+        lost = torch.stack([count, torch.ones_like(count)])
+        return torch.cat([torch.where(self._finite, sums, 0), torch.where(self._finite, 0, lost)])
 
     def _keep_finite(self, gradient: Tensor) -> Tensor:
         """Keeps nan and infinity from the optimizer, without waiting for the GPU to answer."""

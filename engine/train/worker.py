@@ -28,11 +28,12 @@ from engine.labels.sources import Place, source_of
 from engine.labels.targets import Targets, TargetSource, unpack
 from engine.progress import say
 from engine.train import checkpoint, rollback
+from engine.train.bad_numbers import NotFinite, write_samples
 from engine.train.evaluate import Model, Score, evaluate, zero_shot
 from engine.train.health import Collapse
 from engine.train.identity import Identity
 from engine.train.ledger import Ledger, Spoilt
-from engine.train.loop import Trained, kept, merged, train
+from engine.train.loop import Setting, Trained, kept, merged, train
 from engine.train.selection import Selection
 from engine.train.stops import Stop, Stopped, Stops
 from kernels.kl import Impl, chosen
@@ -74,7 +75,7 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
             corpus.close()
         worker.decoder.close()
         worker.source.close()
-        worker.stops.close()
+        worker.setting.stops.close()
 
 
 class _Worker:
@@ -112,7 +113,18 @@ class _Worker:
         self.source = source_of(
             task.source, task.assignment, task.roster, self.corpora, place, task.shared
         )
-        self.stops = Stops(config.folder, task.owner, device)
+        self.setting = Setting(
+            self.source,
+            self.corpora["shards"],
+            self.decoder,
+            self.order,
+            config.train,
+            config.corpus,
+            config.folder,
+            self.identity,
+            device,
+            Stops(config.folder, task.owner, device),
+        )
 
     def run(self) -> dict[str, Any]:
         """All of a run; see work()."""
@@ -126,10 +138,16 @@ class _Worker:
             except Spoilt as spoilt:
                 return {"spoilt": str(spoilt)}
             except Collapse as collapse:
-                most = config.train.rollbacks
-                step = rollback.take(config.folder, str(collapse), most, self.rank)
+                why, most = str(collapse), config.train.rollbacks
+                if isinstance(collapse, NotFinite):
+                    file = config.folder / "not_finite.jsonl"
+                    why += f"; their samples are in {file}"
+                    if self.rank == 0:
+                        shards = self.corpora["shards"].shards
+                        write_samples(file, self.order, collapse.steps, shards)
+                step = rollback.take(config.folder, why, most, self.rank)
                 if step is None:
-                    return {"collapsed": str(collapse)}
+                    return {"collapsed": why}
                 if self.rank == 0:
                     self.selection.forget(step // self.order.steps)
         bundle = self._bundle(weights)
@@ -169,24 +187,12 @@ class _Worker:
         rollbacks = len(rollback.taken(self.config.folder))
         first = start.step if start else 0
         _require_one_start((first, rollbacks), self.world)
-        if (stop := self.stops.now()) is not Stop.NONE:
+        if (stop := self.setting.stops.now()) is not Stop.NONE:
             raise Stopped(stop, first)
         trainer = self._trainer(start, rollbacks)
         try:
             trained = train(
-                trainer,
-                self.source,
-                self.corpora["shards"],
-                self.decoder,
-                self.order,
-                self.config.train,
-                self.config.corpus,
-                self.config.folder,
-                start,
-                self.identity,
-                self.device,
-                lambda pass_: self._after_pass(pass_, trainer),
-                self.stops,
+                trainer, self.setting, start, lambda pass_: self._after_pass(pass_, trainer)
             )
             last, _ = trainer.state()
         finally:

@@ -1,0 +1,103 @@
+"""What becomes of a student: its training, a summary or why there is none, the files that tell."""
+
+import time
+from dataclasses import fields
+from typing import Any
+
+from engine import run_folder
+from engine.config import Drained, RunConfig, RunFailed, UserError
+from engine.data.corpus import open_corpora
+from engine.labels.scaling import Pool
+from engine.progress import say
+from engine.sigterm import Sigterm
+from engine.train import checkpoint
+from engine.train.evaluate import Score
+from engine.train.gang import run_gang
+from engine.train.ledger import Ledger
+from engine.train.stops import Stop
+from engine.train.worker import Task
+
+__all__ = ["Outcome", "Summary", "outcome_of", "write_ledger"]
+
+Summary = dict[str, Any]
+Outcome = Summary | Exception | Drained
+
+
+def outcome_of(task: Task, pool: Pool | None, sigterm: Sigterm, started: float) -> Outcome:
+    """Trains a student to its end, and writes what became of it."""
+    config = task.config
+    try:
+        told = run_gang(task)
+        while told.get("stopped") == Stop.WORKER and not sigterm.asked:
+            say(f"a worker is to leave: step {told['step']} is committed; starting workers again")
+            told = run_gang(task)
+    except (UserError, RunFailed) as failure:
+        write_ledger(config)
+        return failure
+    except KeyboardInterrupt:
+        write_ledger(config)
+        raise
+    if told.get("stopped") == Stop.LOST:  # and nothing here is ours to write
+        return RunFailed(
+            f"{config.folder} has been taken over by another driver; lease.json names it"
+        )
+    if told.get("stopped"):
+        write_ledger(config)
+        return Drained(f"ended by SIGTERM after step {told['step']}; --resume goes on from there")
+    if why := told.get("spoilt"):
+        write_ledger(config)
+        return RunFailed(f"{why}. What was learned is in {config.folder / 'checkpoints'}")
+    if why := told.get("collapsed"):
+        write_ledger(config)
+        good = checkpoint.newest_good(config.folder / "checkpoints")
+        return RunFailed(
+            f"the student has collapsed, after {config.train.rollbacks} roll-backs: {why}. "
+            "A smaller train.lr, a longer train.warmup_steps or a smaller train.kd_weight may "
+            f"help. {f'The last good checkpoint is of step {good}' if good else 'None is good'}"
+        )
+    told["labels"] |= {"source": task.source}
+    if pool:
+        told["labels"] |= pool.statement()
+    summary = _summary(config.name, told, time.perf_counter() - started)
+    run_folder.write(config.folder / "ledger.json", told["ledger"])
+    run_folder.write(config.folder / "summary.json", summary)
+    return summary
+
+
+def write_ledger(config: RunConfig) -> None:
+    """Of a run that has come to no good end: what its last checkpoint says."""
+    if not (config.folder / "metrics.jsonl").exists():  # it had not begun
+        return
+    try:
+        saved = checkpoint.load_latest(config.folder / "checkpoints")
+    except checkpoint.Unsound as damage:  # told beside the failure that brought us here
+        say(f"warning: {damage}. ledger.json tells of no step")
+        saved = None
+    planned = config.train.passes * open_corpora(config.corpus)["shards"].samples
+    statement = (saved.ledger if saved else Ledger()).statement(planned)
+    run_folder.write(config.folder / "ledger.json", statement)
+
+
+def _summary(name: str, told: dict[str, Any], wall_s: float) -> Summary:
+    unknown = {field.name: None for field in fields(Score)}
+    models = ("student_before", "student_after", "teacher")
+    train_s, trained = told["train_s"], told["ledger"]["trained"]
+    return {
+        "name": name,
+        "images_per_second": trained / train_s,
+        "steps": told["steps"],
+        "samples": trained,
+        "wait_fraction": {
+            "labels": told["waited_labels_s"] / told["life_s"],
+            "data": told["waited_data_s"] / told["life_s"],
+        },
+        **{model: told["scores"].get(model, unknown) for model in models},
+        "data": told["data"],
+        "labels": told["labels"],
+        "skipped": told["ledger"]["skipped"],
+        "evaluation": told["evaluation"],
+        "selection": told["selection"],
+        "rollbacks": told["rollbacks"],
+        "train_s": train_s,
+        "wall_s": wall_s,
+    }
