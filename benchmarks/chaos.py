@@ -1,0 +1,311 @@
+"""What does a run survive, and how fast? `python benchmarks/chaos.py [--kinds teacher,driver]`.
+
+A run of two student workers, on a stream of two teachers, is struck again and again at random
+moments of a seeded generator: now and then while it still recovers from the blow before, so that
+processes die while they load, too. At its end its ledger is to be exact, and its weights those, to
+the last bit, of a run that nobody disturbed. Kinds of blows:
+
+- teacher: kill -9 of one teacher
+- student: kill -9 of one student worker
+- students: kill -9 of all student workers at once
+- stopped: SIGSTOP of one student worker, which `student.timeout_s` (here 5 s) finds
+- roster: kill -9 of the actor that knows the teachers
+- controller: kill -9 of Ray Train's
+- driver: kill -9 of the driver, whose run is resumed as soon as its processes are gone
+- drained: SIGTERM to the driver, whose run is resumed once it has ended
+- head: kill -9 of Ray's GCS, whose driver is killed too if it does not end by itself in a minute
+
+Seconds are from a blow to the first step that the run had never done before, models of 4 layers on
+two cores; most of them are Python's imports. With `--goodput HOURS` it is struck every five
+minutes, by all kinds in turn, and tells the share of the time in which it made steps of the lineage
+that survives, at the median pace of that run.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from rows import Bench
+from safetensors.torch import load_file
+
+from engine.config import RunConfig, to_dict
+from engine.data.shards import write_shards
+from engine.index import index
+from engine.parse import parse
+from jobs.quickstart import HERE
+from jobs.quickstart.domain import CLASSES, write_images
+
+BATCH, TIMEOUT_S = 32, 5
+AGAIN = 0.25  # of the blows fall while the run recovers
+EVERY_S = 300.0  # between blows, for goodput
+ACTORS = {
+    "teacher": "ray::TeacherActor",
+    "student": "ray::RayTrainWorker",
+    "students": "ray::RayTrainWorker",
+    "stopped": "ray::RayTrainWorker",
+    "roster": "ray::Roster",
+    "controller": "ray::TrainController",
+    "head": "gcs_server",
+}
+KINDS = (*ACTORS, "driver", "drained")
+_QUIET_S = 300.0  # the longest without a step
+
+
+def domain(place: Path) -> Path:
+    """Two shards of small pictures, indexed."""
+    write_images(place / "images", "domain", 8, seed=1, labelled=False)
+    (place / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    write_shards(place / "images", place / "shards", None, 200, False)
+    index(str(place / "shards"))
+    return place
+
+
+def config_of(place: Path, name: str, passes: int) -> RunConfig:
+    words = {
+        "name": name,
+        "runs_dir": place / "runs",
+        "corpus.shards": place / "shards",
+        "corpus.block_samples": 32,
+        "corpus.window_blocks": 2,
+        "classes.names": place / "classes.txt",
+        "teacher.model": f"local-dir:{HERE / 'models' / 'teacher'}",
+        "teacher.precision": "fp32",
+        "teacher.actors": 2,
+        "teacher.cpus": 0.5,
+        "student.model": f"local-dir:{HERE / 'models' / 'student'}",
+        "student.workers": 2,
+        "student.cpus": 0.5,
+        "student.depth": 4,
+        "student.timeout_s": TIMEOUT_S,
+        "targets.source": "stream",
+        "train.passes": passes,
+        "train.views": 1,
+        "train.batch": BATCH,
+        "train.lr": 2e-4,
+        "train.log_steps": 1,
+        "train.checkpoint_steps": 20,
+        "train.max_failures": -1,
+        "train.rollbacks": 0,
+        "train.judge_images": 10**9,  # of random models nothing is to be learned
+    }
+    args = [str(word) for field, value in words.items() for word in (f"--{field}", value)]
+    return parse(RunConfig, args, prog="chaos")
+
+
+class Step(NamedTuple):
+    at: float  # of time.time()
+    number: int
+
+
+class Run:
+    """A run, its driver of now, and what it has recorded."""
+
+    def __init__(self, config: RunConfig, place: Path) -> None:
+        self.folder, self._place = config.folder, place
+        self._file = place / f"{config.name}.json"
+        self._file.write_text(json.dumps(to_dict(config)))
+        self.lives = 0
+        self.start()
+
+    def start(self) -> None:
+        words = ["--resume"] if self.folder.exists() else []
+        command = [sys.executable, "-m", "jobs.cli", "distill", str(self._file), *words]
+        log = open(self._place / f"{self.folder.name}.log", "ab")
+        self.driver = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self.lives += 1
+
+    def steps(self) -> list[Step]:
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        told = map(json.loads, lines)
+        return [Step(one["time"], one["step"]) for one in told if one["kind"] == "train"]
+
+    def furthest(self) -> int:
+        return max((step.number for step in self.steps()), default=0)
+
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """Those that a blow of this kind may fall upon."""
+        return [one for one in self._all() if ACTORS[kind] in _command(one)]
+
+    def gone_after(self, blow: Callable[[], None]) -> None:
+        """Waits, after a blow, until its driver and all that it had started are gone; the driver is
+        killed if it stays for more than a minute."""
+        everyone = self._all()
+        blow()
+        try:
+            self.driver.wait(60)
+        except psutil.TimeoutExpired:
+            self.driver.kill()
+            self.driver.wait()
+        agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own, which hold nothing
+        left = [one for one in everyone if not _command(one).startswith(agents)]
+        _, left = psutil.wait_procs(left, 60)
+        if left:
+            raise SystemExit(f"processes outlive their driver: {left}")
+
+    def ended(self) -> bool:
+        code = self.driver.poll()
+        if code not in (None, 0):
+            raise SystemExit(f"the driver ended with {code}; see {self._place}")
+        return code == 0
+
+    def weights(self) -> str:
+        """A digest of what was learned."""
+        tensors = load_file(self.folder / "bundle.safetensors")
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    def ledger(self) -> dict:
+        return json.loads((self.folder / "ledger.json").read_text())
+
+    def _all(self) -> list[psutil.Process]:
+        return self.driver.children(recursive=True) if self.driver.is_running() else []
+
+
+def strike(run: Run, kind: str, draw: random.Random) -> bool:
+    """A blow; False where there is nobody to receive it just now."""
+    match kind:
+        case "driver":
+            run.gone_after(run.driver.kill)
+            run.start()
+        case "drained":
+            run.gone_after(run.driver.terminate)
+            run.start()
+        case "head":
+            if not (found := run.processes(kind)):
+                return False
+            run.gone_after(found[0].kill)
+            run.start()
+        case _:
+            if not (found := run.processes(kind)):
+                return False
+            for one in found if kind == "students" else [draw.choice(found)]:
+                try:
+                    one.suspend() if kind == "stopped" else one.kill()
+                except psutil.NoSuchProcess:
+                    return False
+    return True
+
+
+def await_step(run: Run, above: int) -> float:
+    """Waits for a step beyond `above`; gives its moment, infinity where the run has ended."""
+    deadline = time.monotonic() + _QUIET_S
+    while time.monotonic() < deadline:
+        if found := [step.at for step in run.steps() if step.number > above]:
+            return found[0]
+        if run.ended():
+            return float("inf")
+        time.sleep(0.05)
+    raise SystemExit(f"no step beyond {above} within {_QUIET_S:.0f} s; see {run.folder}")
+
+
+def struck(run: Run, kind: str, blows: int, draw: random.Random) -> Iterator[float]:
+    """Seconds of recovery from each blow; those that fell while another's was being recovered from
+    count with it."""
+    await_step(run, 0)
+    landed = 0
+    while landed < blows:
+        time.sleep(draw.uniform(0.2, 3))
+        if run.ended():
+            return
+        before, fell = run.furthest(), time.time()
+        if not strike(run, kind, draw):
+            continue
+        landed += 1
+        while landed < blows and draw.random() < AGAIN:
+            time.sleep(draw.uniform(0, 5))
+            fell, landed = time.time(), landed + strike(run, kind, draw)
+        print(f"{kind}: {landed} of {blows}, step {before}", file=sys.stderr)
+        if (first := await_step(run, before)) < float("inf"):
+            yield first - fell
+
+
+def finish(run: Run, name: str) -> None:
+    while not run.ended():
+        time.sleep(0.2)
+    told = run.ledger()
+    exact = told["seen"] == told["trained"] + sum(told["skipped"].values()) and not told["pending"]
+    if not exact:
+        raise SystemExit(f"{name}: the ledger is not exact: {told}")
+
+
+def survive(
+    bench: Bench, place: Path, kinds: list[str], blows: int, passes: int, seed: int
+) -> bool:
+    calm = Run(config_of(place, "calm", passes), place)
+    finish(calm, "calm")
+    config = {"passes": passes, "steps": calm.furthest(), "seed": seed, "blows": blows}
+    same = True
+    for kind in kinds:
+        run = Run(config_of(place, kind, passes), place)
+        recovered = list(struck(run, kind, blows, random.Random(f"{seed} {kind}")))
+        finish(run, kind)
+        equal = run.weights() == calm.weights() and run.ledger() == calm.ledger()
+        same &= equal
+        bench.add(kind, "ours", "recovery", "s", recovered, config | {"longest": max(recovered)})
+        bench.add(kind, "ours", "same_weights_and_ledger", "1", [float(equal)], config)
+    return same
+
+
+def goodput(bench: Bench, place: Path, hours: float, seed: int) -> None:
+    draw, kinds = random.Random(seed), [kind for kind in KINDS if kind != "head"]
+    run = Run(config_of(place, "goodput", 10**5), place)
+    await_step(run, 0)
+    begun = run.steps()[0].at
+    blows = 0
+    while (left_s := begun + 3600 * hours - time.time()) > EVERY_S / 2:
+        time.sleep(min(draw.uniform(0.5, 1.5) * EVERY_S, left_s))
+        if not blows % len(kinds):
+            draw.shuffle(kinds)
+        before = run.furthest()
+        blows += strike(run, kinds[blows % len(kinds)], draw)
+        print(f"{kinds[(blows - 1) % len(kinds)]}, step {before}", file=sys.stderr)
+        await_step(run, before)
+    time.sleep(max(begun + 3600 * hours - time.time(), 0))
+    steps = run.steps()
+    run.gone_after(run.driver.terminate)
+    pairs = itertools.pairwise(steps)
+    pace_s = statistics.median(b.at - a.at for a, b in pairs if b.number == a.number + 1)
+    made_s = pace_s * max(step.number for step in steps)
+    config = {"hours": hours, "seed": seed, "blows": blows, "steps": run.furthest()}
+    bench.add("goodput", "ours", "share", "1", [made_s / (steps[-1].at - steps[0].at)], config)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--blows", type=int, default=20, help="of each kind")
+    parser.add_argument("--passes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--goodput", type=float, default=0, help="hours; instead of the kinds")
+    asked = parser.parse_args()
+    place = domain(Path(tempfile.mkdtemp(prefix="chaos-")))
+    print(f"everything is in {place}", file=sys.stderr)
+    bench = Bench("chaos")
+    if asked.goodput:
+        goodput(bench, place, asked.goodput, asked.seed)
+    elif not survive(bench, place, asked.kinds.split(","), asked.blows, asked.passes, asked.seed):
+        raise SystemExit("a run that was struck differs from one that was not")
+
+
+if __name__ == "__main__":
+    main()
