@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def life(
             file.write(json.dumps([done, batch.work.view, ids]) + "\n")
         if (done, rank) != (step, of):
             return
+        await_saved(config.folder, step - 1 - (step - 1) % config.train.checkpoint_steps)
         if ends == "lost":
             (config.folder / "lease.json").write_text('{"owner": "another"}')
         elif ends:
@@ -49,6 +51,14 @@ def life(
     return work(
         Task(config, assignment_of(config), None, "inline", owner=owner), torch.device("cpu")
     )
+
+
+def await_saved(folder: Path, step: int) -> None:
+    """Until that step is committed, which a thread of rank 0 may still be at."""
+    deadline = time.monotonic() + 60
+    while step and not (folder / "checkpoints" / f"step-{step:08d}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def samples(folder: Path) -> dict[int, list[list]]:

@@ -196,7 +196,7 @@ def test_a_run_goes_on_from_its_folder_and_an_ended_one_does_not(
     (folder / "summary.json").unlink()
     assert cli.main(["distill", run, "--resume", "--seed", "5", "--train.lr", "1e-3"]) == 2
     said = capsys.readouterr().err
-    assert "seed: 1 there, 5 here" in said and "train.lr: 0.002 there, 0.001 here" in said
+    assert "seed: 5 here, 1 there" in said and "train.lr: 0.001 here, 0.002 there" in said
     with pytest.raises(UserError, match="exists already"):
         distill(config_of(domain, tmp_path, "run"))
 
