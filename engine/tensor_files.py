@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["open_tensors", "write_tensors"]
+__all__ = ["open_tensors", "read_tensors", "write_tensors"]
 
 _MOST_HEADER_BYTES = 32 << 20  # the library itself would parse 100 MB
 _MOST_TENSORS = 1 << 16
@@ -29,6 +29,12 @@ def open_tensors(path: Path, framework: str) -> Any:
     if len(opened.keys()) > _MOST_TENSORS:
         raise SafetensorError(f"more than {_MOST_TENSORS:,} tensors")
     return opened
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, by name. Raises as open_tensors()."""
+    with open_tensors(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:

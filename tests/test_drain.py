@@ -189,19 +189,33 @@ def test_a_worker_that_is_told_to_leave_costs_no_step(start):
     assert run.steps() == list(range(1, 61)), "each step once"
 
 
-def test_a_stopped_worker_is_found_and_the_gang_restarted(start):
-    run = start(
-        "--train.passes", "10", "--student.workers", "2", "--student.timeout_s", "5"
-    )  # fmt: skip
+@pytest.mark.parametrize(("signal_", "some"), ((signal.SIGSTOP, 1), (signal.SIGKILL, 2)))
+def test_workers_that_are_killed_at_once_or_hang_are_replaced(start, signal_, some):
+    flags = ("--train.passes", "10", "--student.workers", "2", "--student.timeout_s", "5")
+    run = start(*flags)
     run.until_step(7)
-    stopped = run.workers()[0]
-    stopped.suspend()
+    struck = run.workers()[:some]
+    assert len(struck) == some
+    for worker in struck:
+        worker.send_signal(signal_)
     started, before = time.monotonic(), len(run.steps())
     run.until(lambda: len(run.steps()) > before + 1)
     print(f"first new step after {time.monotonic() - started:.1f} s")
-    all_gone([stopped], 30)
+    all_gone(struck, 30)
     assert run.ended(120) == 0, run.said()
     assert sorted(set(run.steps())) == list(range(1, 61))
+
+
+def test_a_run_outlives_the_head_of_its_cluster(domain, start, local_ray):
+    run = start("--train.passes", "6")
+    run.until_step(7)
+    processes = run.processes()
+    (head,) = (one for one in processes if "gcs_server" in one.cmdline()[0])
+    head.kill()
+    assert run.ended(120) == 1, run.said()
+    all_gone(processes, 60)
+    distill(run.config, resume=True)
+    assert run.told("ledger")["pending"] == 0
 
 
 def test_two_drivers_of_one_folder_do_not_both_write(domain, start, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.clip.bundle import Bundle
+from engine.train import checkpoint
 from engine.clip.class_vectors import ClassVectors
 from jobs import cli
 from jobs.quickstart import HERE, SETTINGS
@@ -207,10 +208,42 @@ def test_the_same_toml_runs_as_a_job_on_a_running_cluster(corpus_folder, tmp_pat
         assert run.returncode == 2 and "Invalid authentication token" in run.stderr
         run = submitted(submit, RAY_AUTH_MODE="disabled")
         assert run.returncode == 2 and "Authentication required" in run.stderr
+        stopped_and_resumed([*submit, "--train.passes", "200", "--name", "long"], tmp_path / "long")
     finally:
         head.terminate()
         head.wait(60)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def stopped_and_resumed(submit: list[object], folder: Path) -> None:
+    """A job that `ray job stop` ends loses no step."""
+    command = [sys.executable, "-m", "jobs.cli", *map(str, submit)]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert job.stderr
+    name = next(line.split()[1] for line in job.stderr if line.startswith("job "))
+    deadline = time.monotonic() + 120
+    while not steps_of(folder):
+        assert time.monotonic() < deadline and job.poll() is None, job.stderr.read()
+        time.sleep(0.2)
+    ray = Path(sys.executable).with_name("ray")
+    subprocess.run([ray, "job", "stop", name, "--address", submit[3]], check=True)
+    assert job.wait(60) != 0
+    job.stderr.close()
+    done = steps_of(folder)
+    assert len(done) < 600 and not (folder / "lease.json").exists()
+    saved = checkpoint.load_latest(folder / "checkpoints")
+    assert saved and saved.step == done[-1], "drained"
+    run = submitted([*submit, "--resume"])
+    assert run.returncode == 0, run.stderr
+    assert f"resumed, on 1 workers, from step {saved.step}" in run.stdout
+    assert sorted(set(steps_of(folder))) == steps_of(folder), "no step twice"
+    assert json.loads((folder / "ledger.json").read_text())["trained"] == 4800
+
+
+def steps_of(folder: Path) -> list[int]:
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [one["step"] for one in map(json.loads, lines) if one["kind"] == "train"]
 
 
 def free_ports(count: int) -> list[int]:

@@ -21,12 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from engine.config import UserError
 from engine.progress import say
+from engine.tensor_files import read_tensors
 from engine.train import checkpoint_files as files
 from engine.train.checkpoint_files import FILES, Damaged
 from engine.train.health import Health
@@ -239,8 +239,8 @@ def _load(folder: Path, step: int) -> Checkpoint:
             Ledger(**state["ledger"]),
             Health(**state["health"]),
             Identity(dict(state["identity"])),
-            load_file(path / _STUDENT),
-            load_file(path / _OPTIMIZER),
+            read_tensors(path / _STUDENT),
+            read_tensors(path / _OPTIMIZER),
         )
         versions = dict(state["versions"])
     except (KeyError, TypeError, ValueError, SafetensorError) as error:

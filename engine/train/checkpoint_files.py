@@ -20,6 +20,8 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
+from engine.json_text import parse_json
+
 __all__ = [
     "FILES",
     "Damaged",
@@ -199,10 +201,10 @@ def read_json(file: Path) -> dict[str, Any]:
             data = opened.read(_MOST_JSON_BYTES + 1)
             if len(data) > _MOST_JSON_BYTES:
                 raise ValueError(f"it has more than {_MOST_JSON_BYTES} bytes")
-            told = json.loads(data)
+            told = parse_json(data)
             if not isinstance(told, dict):
                 raise ValueError("it holds no object")
-        except (ValueError, RecursionError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise Damaged(f"{file} is damaged: {error}") from None
     return told
 

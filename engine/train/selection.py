@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.config import UserError
 from engine.telemetry import Recorder
-from engine.tensor_files import open_tensors, write_tensors
+from engine.tensor_files import open_tensors, read_tensors, write_tensors
 
 __all__ = ["Selection"]
 
@@ -61,4 +60,4 @@ class Selection:
 
     def choice(self, last: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights to keep, of which `last` are the last."""
-        return load_file(self._file) if self._file.exists() else last
+        return read_tensors(self._file) if self._file.exists() else last
