@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from engine.clip.bundle import Bundle
-from engine.train import checkpoint
 from engine.clip.class_vectors import ClassVectors
+from engine.train import checkpoint
 from jobs import cli
 from jobs.quickstart import HERE, SETTINGS
 
