@@ -115,7 +115,6 @@ class Run:
         self.folder, self._place = config.folder, place
         self._file = place / f"{config.name}.json"
         self._file.write_text(json.dumps(to_dict(config)))
-        self.lives = 0
         self.start()
 
     def start(self) -> None:
@@ -123,7 +122,6 @@ class Run:
         command = [sys.executable, "-m", "jobs.cli", "distill", str(self._file), *words]
         log = open(self._place / f"{self.folder.name}.log", "ab")
         self.driver = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        self.lives += 1
 
     def steps(self) -> list[Step]:
         file = self.folder / "metrics.jsonl"
@@ -138,21 +136,22 @@ class Run:
         """Those that a blow of this kind may fall upon."""
         return [one for one in self._all() if ACTORS[kind] in _command(one)]
 
-    def gone_after(self, blow: Callable[[], None]) -> None:
+    def gone_after(self, blow: Callable[[], None]) -> int:
         """Waits, after a blow, until its driver and all that it had started are gone; the driver is
-        killed if it stays for more than a minute."""
+        killed if it stays for more than a minute. Gives its exit code."""
         everyone = self._all()
         blow()
         try:
-            self.driver.wait(60)
+            code = self.driver.wait(60)
         except psutil.TimeoutExpired:
             self.driver.kill()
-            self.driver.wait()
+            code = self.driver.wait()
         agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's own, which hold nothing
         left = [one for one in everyone if not _command(one).startswith(agents)]
         _, left = psutil.wait_procs(left, 60)
         if left:
             raise SystemExit(f"processes outlive their driver: {left}")
+        return code
 
     def ended(self) -> bool:
         code = self.driver.poll()
@@ -182,7 +181,8 @@ def strike(run: Run, kind: str, draw: random.Random) -> bool:
             run.gone_after(run.driver.kill)
             run.start()
         case "drained":
-            run.gone_after(run.driver.terminate)
+            if (code := run.gone_after(run.driver.terminate)) not in (0, 143):
+                raise SystemExit(f"drained with {code}")
             run.start()
         case "head":
             if not (found := run.processes(kind)):
@@ -244,8 +244,7 @@ def struck(run: Run, kind: str, blows: int, draw: random.Random) -> Iterator[flo
 
 
 def finish(run: Run, name: str) -> None:
-    while not run.ended():
-        time.sleep(0.2)
+    await_step(run, sys.maxsize)
     told = run.ledger()
     exact = told["seen"] == told["trained"] + sum(told["skipped"].values()) and not told["pending"]
     if not exact:
@@ -265,7 +264,8 @@ def survive(
         finish(run, kind)
         equal = run.weights() == calm.weights() and run.ledger() == calm.ledger()
         same &= equal
-        bench.add(kind, "ours", "recovery", "s", recovered, config | {"longest": max(recovered)})
+        told = config | {"longest": round(max(recovered), 1)}
+        bench.add(kind, "ours", "recovery", "s", recovered, told)
         bench.add(kind, "ours", "same_weights_and_ledger", "1", [float(equal)], config)
     return same
 

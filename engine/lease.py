@@ -19,16 +19,19 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from engine.config import UserError
+from engine.json_text import parse_json
 from engine.progress import say
 
 __all__ = ["Lease", "State", "state", "take"]
 
 RENEW_S, DEAD_S = 5.0, 30.0
 _LOOK_S = 0.2
+_BACK_S = 1.0
 
 State = Literal["held", "draining", "lost"]
 
@@ -97,15 +100,21 @@ def take(folder: Path) -> Lease:
 
 
 def state(folder: Path, owner: str) -> State:
-    """What has become of the lease that `owner` took. Raises OSError."""
-    seen = _look(folder / "lease.json")
+    """What has become of the lease that `owner` took. Raises OSError, also if it names nobody."""
+    file = folder / "lease.json"
+    seen = _look(file)
+    if seen is None:  # somebody may be putting it back, see _set_aside()
+        time.sleep(_BACK_S)
+        seen = _look(file)
+    if seen and not seen.told:
+        raise OSError(f"{file} names no driver")
     if seen is None or seen.told.get("owner") != owner:
         return "lost"
-    return "draining" if seen.told["draining"] else "held"
+    return "draining" if seen.told.get("draining") else "held"
 
 
 class _Seen(NamedTuple):
-    told: dict[str, Any]  # empty while it is being made
+    told: dict[str, Any]  # empty while it is being made, or if it is damaged
     file: int
     changed_ns: int
 
@@ -116,7 +125,11 @@ def _look(file: Path) -> _Seen | None:
             status, text = os.fstat(opened.fileno()), opened.read()
     except FileNotFoundError:
         return None
-    return _Seen(json.loads(text) if text else {}, status.st_ino, status.st_mtime_ns)
+    try:
+        told = parse_json(text)
+    except ValueError:
+        told = None
+    return _Seen(told if isinstance(told, dict) else {}, status.st_ino, status.st_mtime_ns)
 
 
 def _require_dead(file: Path, seen: _Seen) -> None:
@@ -144,7 +157,8 @@ def _set_aside(file: Path, dead: _Seen) -> None:
         return
     moved = _look(aside)
     if moved and moved.told.get("owner") != dead.told.get("owner"):  # his new one: it goes back
-        os.link(aside, file)
+        with suppress(FileExistsError):  # a third one has it
+            os.link(aside, file)
         aside.unlink()
         raise UserError(f"name: {file.parent} has been taken by {_named(moved.told)} just now")
     aside.unlink()
@@ -170,7 +184,7 @@ def _born(pid: int) -> str:
     """When a process was started, since its number may be used again; empty if there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
     return "" if fields[0] in "ZX" else fields[19]
 

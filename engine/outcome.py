@@ -4,7 +4,7 @@ import time
 from dataclasses import fields
 from typing import Any
 
-from engine import run_folder
+from engine import lease, run_folder
 from engine.config import Drained, RunConfig, RunFailed, UserError
 from engine.data.corpus import open_corpora
 from engine.labels.scaling import Pool
@@ -26,35 +26,25 @@ Outcome = Summary | Exception | Drained
 def outcome_of(task: Task, pool: Pool | None, sigterm: Sigterm, started: float) -> Outcome:
     """Trains a student to its end, and writes what became of it."""
     config = task.config
+    failure: Exception | Drained | None
     try:
         told = run_gang(task)
         while told.get("stopped") == Stop.WORKER and not sigterm.asked:
             say(f"a worker is to leave: step {told['step']} is committed; starting workers again")
             told = run_gang(task)
-    except (UserError, RunFailed) as failure:
-        write_ledger(config)
-        return failure
+        failure = _failure(config, told)
+    except (UserError, RunFailed) as error:
+        failure = error
     except KeyboardInterrupt:
-        write_ledger(config)
+        write_ledger(task)
         raise
-    if told.get("stopped") == Stop.LOST:  # and nothing here is ours to write
+    if _is_lost(task):
         return RunFailed(
             f"{config.folder} has been taken over by another driver; lease.json names it"
         )
-    if told.get("stopped"):
-        write_ledger(config)
-        return Drained(f"ended by SIGTERM after step {told['step']}; --resume goes on from there")
-    if why := told.get("spoilt"):
-        write_ledger(config)
-        return RunFailed(f"{why}. What was learned is in {config.folder / 'checkpoints'}")
-    if why := told.get("collapsed"):
-        write_ledger(config)
-        good = checkpoint.newest_good(config.folder / "checkpoints")
-        return RunFailed(
-            f"the student has collapsed, after {config.train.rollbacks} roll-backs: {why}. "
-            "A smaller train.lr, a longer train.warmup_steps or a smaller train.kd_weight may "
-            f"help. {f'The last good checkpoint is of step {good}' if good else 'None is good'}"
-        )
+    if failure:
+        write_ledger(task)
+        return failure
     told["labels"] |= {"source": task.source}
     if pool:
         told["labels"] |= pool.statement()
@@ -64,18 +54,45 @@ def outcome_of(task: Task, pool: Pool | None, sigterm: Sigterm, started: float) 
     return summary
 
 
-def write_ledger(config: RunConfig) -> None:
+def _failure(config: RunConfig, told: dict[str, Any]) -> RunFailed | Drained | None:
+    """Why there is no summary."""
+    if told.get("stopped"):
+        return Drained(f"ended by SIGTERM after step {told['step']}; --resume goes on from there")
+    if why := told.get("failed"):
+        return RunFailed(why)
+    if why := told.get("spoilt"):
+        return RunFailed(f"{why}. What was learned is in {config.folder / 'checkpoints'}")
+    if why := told.get("collapsed"):
+        good = checkpoint.newest_good(config.folder / "checkpoints")
+        return RunFailed(
+            f"the student has collapsed, after {config.train.rollbacks} roll-backs: {why}. "
+            "A smaller train.lr, a longer train.warmup_steps or a smaller train.kd_weight may "
+            f"help. {f'The last good checkpoint is of step {good}' if good else 'None is good'}"
+        )
+    return None
+
+
+def _is_lost(task: Task) -> bool:
+    """Whether nothing in the run folder is ours to write any more."""
+    try:
+        return lease.state(task.config.folder, task.owner) == "lost"
+    except OSError as error:
+        say(f"warning: the lease of {task.config.folder} cannot be read: {error}")
+        return False
+
+
+def write_ledger(task: Task) -> None:
     """Of a run that has come to no good end: what its last checkpoint says."""
-    if not (config.folder / "metrics.jsonl").exists():  # it had not begun
+    config = task.config
+    if not (config.folder / "metrics.jsonl").exists() or _is_lost(task):  # or has not begun
         return
     try:
         saved = checkpoint.load_latest(config.folder / "checkpoints")
-    except checkpoint.Unsound as damage:  # told beside the failure that brought us here
-        say(f"warning: {damage}. ledger.json tells of no step")
-        saved = None
-    planned = config.train.passes * open_corpora(config.corpus)["shards"].samples
-    statement = (saved.ledger if saved else Ledger()).statement(planned)
-    run_folder.write(config.folder / "ledger.json", statement)
+        planned = config.train.passes * open_corpora(config.corpus)["shards"].samples
+        statement = (saved.ledger if saved else Ledger()).statement(planned)
+        run_folder.write(config.folder / "ledger.json", statement)
+    except (UserError, OSError) as error:  # told beside the failure that brought us here
+        say(f"warning: no ledger.json: {error}")
 
 
 def _summary(name: str, told: dict[str, Any], wall_s: float) -> Summary:

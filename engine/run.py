@@ -26,6 +26,7 @@ from engine.staff import arranged
 from engine.telemetry import Recorder
 from engine.together import check_together
 from engine.train import checkpoint
+from engine.train.gang import allow_silence
 from engine.train.identity import Identity
 from engine.train.worker import Task
 
@@ -105,7 +106,7 @@ def _distill(
         )
         for name, config in configs.items()
     }
-    begun = {name for name in leases if resume}
+    begun = {name for name in configs if resume and name in leases}
     for name in begun:  # before others are begun
         run_folder.require_like(configs[name], identities[name])
     streams = choice.source == "stream"
@@ -146,14 +147,15 @@ def _distill(
 
 
 def _with_old_classes(configs: dict[str, RunConfig]) -> dict[str, RunConfig]:
-    """With the class vectors that one of the runs was begun with: made again, elsewhere, they might
-    differ in the last bits."""
+    """With the class vectors that one of the runs was begun with, where none are given: made again,
+    elsewhere, they might differ in the last bits."""
     files = [config.folder / "class_vectors.safetensors" for config in configs.values()]
     if not (found := [str(file) for file in files if file.exists()]):
         return configs
     return {
         name: dataclasses.replace(
-            config, classes=dataclasses.replace(config.classes, vectors=found[0])
+            config,
+            classes=dataclasses.replace(config.classes, vectors=config.classes.vectors or found[0]),
         )
         for name, config in configs.items()
     }
@@ -193,6 +195,7 @@ def _zero_shot(config: RunConfig, clip: Clip, names: tuple[str, ...]) -> ClassVe
 def _train(
     tasks: Mapping[str, Task], pool: Pool | None, sigterm: Sigterm, started: Mapping[str, float]
 ) -> dict[str, Outcome]:
+    allow_silence(max(task.config.student.timeout_s for task in tasks.values()))
     with Watch({name: task.config.folder / "metrics.jsonl" for name, task in tasks.items()}):
         if len(tasks) == 1:  # Ray Train hears Ctrl-C in the main thread alone
             return {n: outcome_of(task, pool, sigterm, started[n]) for n, task in tasks.items()}
@@ -213,7 +216,8 @@ def _train(
                 while thread.is_alive():
                     thread.join(0.5)
         except KeyboardInterrupt:
-            for task in tasks.values():
-                write_ledger(task.config)
+            for name, task in tasks.items():
+                if name not in outcomes:
+                    write_ledger(task)
             raise
         return {name: outcomes[name] for name in tasks}

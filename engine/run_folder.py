@@ -14,7 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from engine import durable
 from engine.config import Run, UserError, to_dict
+from engine.json_text import parse_json
 from engine.train.identity import Identity
 
 __all__ = [
@@ -68,33 +70,35 @@ def require_begun(run: Run) -> None:
 def ended(run: Run) -> dict[str, Any] | None:
     """The summary of a run that has come to its end."""
     file = run.folder / "summary.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return _read(file) if file.exists() else None
 
 
 def require_like(run: Run, identity: Identity) -> None:
-    """Raises UserError where the folder's run was begun as one of another identity."""
-    file = run.folder / _IDENTITY
-    if file.exists():
-        identity.require(Identity(json.loads(file.read_text())), f"name: {run.folder}")
+    """Raises UserError where the folder's run was begun as one of another identity, or as none that
+    can be gone on with."""
+    identity.require(Identity(_read(run.folder / _IDENTITY)), f"name: {run.folder}")
 
 
 def create(run: Run, identity: Identity | None = None, **life: Any) -> Path:
     """Makes the folder and writes its `config.json`; removes an old one if told to overwrite.
     `identity`: of a run that can be gone on with; `life`: what else there is to say of its first.
     """
-    folder = run.folder
-    old = folder.with_name(f"{folder.name}.{time.time_ns()}.old")
-    if run.overwrite and folder.exists():
-        folder.rename(old)
-    try:
-        folder.mkdir(parents=True)  # whoever makes it owns it
-    except FileExistsError:
-        raise UserError(f"name: {folder} has been taken by another run meanwhile") from None
+    folder, now = run.folder, time.time_ns()
+    made, old = (folder.with_name(f"{folder.name}.{now}.{kind}") for kind in ("new", "old"))
+    made.mkdir(parents=True)
     first = _life(**life)
     about = {"versions": first["versions"], "git_sha": first["git_sha"], "lives": [first]}
     if identity:
-        write(folder / _IDENTITY, identity.settings)
-    write(folder / "config.json", to_dict(run) | about)
+        write(made / _IDENTITY, identity.settings)
+    write(made / "config.json", to_dict(run) | about)
+    if run.overwrite and folder.exists():
+        folder.rename(old)
+    try:
+        folder.mkdir()  # whoever makes it owns it
+        made.replace(folder)
+    except OSError as error:
+        shutil.rmtree(made)
+        raise UserError(f"name: {folder} has been taken meanwhile ({error.strerror})") from None
     if old.exists():
         shutil.rmtree(old)
     return folder
@@ -104,8 +108,10 @@ def go_on(run: Run, **life: Any) -> tuple[int, float]:
     """Adds a life to `config.json`, which is otherwise kept. Gives the life's number, and the
     seconds that the earlier ones took."""
     file, metrics = run.folder / "config.json", run.folder / "metrics.jsonl"
-    told = json.loads(file.read_text())
-    *_, last = lives = told["lives"]
+    told = _read(file)
+    if not (lives := told.get("lives")):
+        raise UserError(f"name: {file} tells of no run that can be gone on with")
+    last = lives[-1]
     # It may have had no chance to say when it ended.
     last_s = metrics.stat().st_mtime - last["started"] if metrics.exists() else 0.0
     last["wall_s"] = max(last_s, 0.0)
@@ -138,6 +144,16 @@ def git(*words: str) -> str | None:
 
 def write(path: Path, value: Any) -> None:
     """Writes JSON, the whole of it or nothing."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    durable.replace(path, f"{json.dumps(value, indent=2)}\n".encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        told = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"name: {path} is missing: that run cannot be gone on with") from None
+    except ValueError as error:
+        raise UserError(f"name: {path} is damaged: {error}") from None
+    if not isinstance(told, dict):
+        raise UserError(f"name: {path} is damaged: it holds no object")
+    return told

@@ -70,10 +70,13 @@ class Sigterm:
         self.asked = True
         if not self._leases:
             raise Drained(self._word)
-        for lease in self._leases:
-            lease.drain()
         signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
         say("SIGTERM: the student workers finish their step and commit it; again: at once")
+        for lease in self._leases:
+            try:
+                lease.drain()
+            except OSError as error:
+                say(f"warning: {error}: its workers are not asked to leave")
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
         self._word = f"ended by SIGTERM; student workers did not leave within {_GRACE_S:.0f} s"

@@ -15,6 +15,7 @@ import pynvml
 
 __all__ = ["GpuSampler", "Recorder", "Stopwatch"]
 
+_LONGEST = 1 << 20  # bytes of a record
 log = logging.getLogger(__name__)
 
 
@@ -26,6 +27,7 @@ class Recorder:
 
     def __init__(self, folder: Path) -> None:
         self._file = open(folder / "metrics.jsonl", "ab", buffering=0)
+        _mend(Path(self._file.name))
         self._off = False
 
     def record(self, kind: str, **values: Any) -> None:
@@ -42,6 +44,16 @@ class Recorder:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _mend(file: Path) -> None:
+    """Cuts off a record of which a full disk took but a part."""
+    with open(file, "r+b") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(max(0, size - _LONGEST))
+        tail = opened.read(min(size, _LONGEST))
+        if tail and not tail.endswith(b"\n"):
+            opened.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 
 class Stopwatch:

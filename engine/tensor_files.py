@@ -8,6 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine import durable
+
 __all__ = ["open_tensors", "read_tensors", "write_tensors"]
 
 _MOST_HEADER_BYTES = 32 << 20  # the library itself would parse 100 MB
@@ -47,4 +49,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     partial.unlink()
     save_file(stored, partial, dict(about) or None)
     partial.chmod(mode)
+    durable.flush(partial)
     partial.replace(path)
+    durable.flush(path.parent)

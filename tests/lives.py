@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from workers import assignment_of, config_of
 
+from engine.train.account import Account
+from engine.train.health import Collapse
 from engine.train.ledger import Ledger
 from engine.train.stops import hear_sigterm
 from engine.train.worker import Task, work
@@ -26,7 +28,8 @@ def life(
     owner: str = "",
 ) -> dict[str, Any]:
     """One life of a run. After `step` steps, and before they are committed, rank `of` is killed
-    ("kill"), hears SIGTERM ("term"), or finds that another driver has the run ("lost")."""
+    ("kill"), hears SIGTERM ("term"), or finds that another driver has the run ("lost"), also just
+    before its student collapses ("lost, collapse")."""
     hear_sigterm()
     config = config_of(runs, "run", {**changes, "student.workers": world})
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -42,12 +45,18 @@ def life(
         if (done, rank) != (step, of):
             return
         await_saved(config.folder, step - 1 - (step - 1) % config.train.checkpoint_steps)
-        if ends == "lost":
+        if ends.startswith("lost"):
             (config.folder / "lease.json").write_text('{"owner": "another"}')
         elif ends:
             os.kill(os.getpid(), signal.SIGKILL if ends == "kill" else signal.SIGTERM)
 
+    def collapse(self, totals):
+        if totals.done == step:
+            raise Collapse("it fell")
+
     Ledger.add = observed  # in this process, which ends with this life
+    if ends == "lost, collapse":
+        Account.judge = collapse
     return work(
         Task(config, assignment_of(config), None, "inline", owner=owner), torch.device("cpu")
     )

@@ -18,7 +18,8 @@ from distributed import run_apart, run_distributed
 from safetensors.torch import load_file
 from workers import assignment_of, config_of
 
-from engine.train import checkpoint, checkpoint_files
+from engine import durable
+from engine.train import checkpoint
 from engine.train.checkpoint import Saver
 from engine.train.health import Health
 from engine.train.worker import Task, work
@@ -94,12 +95,35 @@ def test_the_newest_good_one_is_kept_and_gone_back_to(tmp_path):
     assert checkpoint.load_latest(tmp_path) is None
 
 
-def test_a_step_that_comes_again_replaces_itself_and_what_came_after(tmp_path):
-    for step in (5, 7):
-        checkpoint.save(tmp_path, state(step))
+def test_a_step_that_comes_again_replaces_itself_alone(tmp_path):
+    """What is newer than a save that comes late, another process has written; nor is the save
+    disturbed that it is at."""
+    for step in (4, 5, 7):
+        checkpoint.save(tmp_path, state(step), keep_last=3)
+    being_made = tmp_path / "step-00000009.tmp"
+    being_made.mkdir()
     later = dataclasses.replace(state(5), train_s=99.0)
-    checkpoint.save(tmp_path, later)
-    assert same(checkpoint.load_latest(tmp_path), later) and steps(tmp_path) == [5]
+    checkpoint.save(tmp_path, later, keep_last=1)
+    assert same(checkpoint.load(tmp_path, 5), later)
+    assert same(checkpoint.load_latest(tmp_path), state(7)) and being_made.exists()
+    assert names(tmp_path) == [
+        "latest.json",
+        *(f"step-0000000{n}" for n in (5, 7)),
+        being_made.name,
+    ]
+
+
+def test_nothing_is_touched_by_who_may_not_write(tmp_path):
+    checkpoint.save(tmp_path, state(5))
+    (tmp_path / "step-00000004.tmp").mkdir()
+    before = names(tmp_path)
+
+    def require_held() -> None:
+        raise OSError("taken over")
+
+    with pytest.raises(OSError, match="taken over"):
+        checkpoint.save(tmp_path, state(6), require_held=require_held)
+    assert names(tmp_path) == before
 
 
 def test_an_optimizer_may_have_no_state(tmp_path):
@@ -120,7 +144,7 @@ def test_what_dying_processes_left_does_not_count_and_is_removed(tmp_path):
     for left in ("step-00000007.tmp", "step-00000004.old"):
         shutil.copytree(tmp_path / "step-00000006", tmp_path / left)
         (tmp_path / left / "student.safetensors").write_bytes(b"half")
-    (tmp_path / "step-00000008.tmp").mkdir()
+    (tmp_path / "step-00000003.tmp").mkdir()
     assert same(checkpoint.load_latest(tmp_path), state(6))
     checkpoint.save(tmp_path, state(7))
     assert same(checkpoint.load_latest(tmp_path), state(7)) and steps(tmp_path) == [6, 7]
@@ -209,21 +233,18 @@ def test_a_full_disk_costs_a_warning_and_the_next_save_is_a_new_try(tmp_path, ca
 # ------------------------------------------------------------ in a run
 
 
-def work_all(rank: int, world: int, runs: str, told: dict[str, tuple]) -> dict[str, str]:
+def work_all(rank: int, world: int, runs: str, runs_: dict[str, tuple]) -> dict[str, str]:
     """The errors of some runs, if any, one run after another: by name, its changes, the seed of
     all that draws random numbers, and the most bytes of a file."""
     errors = {}
-    for name, (changes, seed, most) in told.items():
+    for name, (changes, seed, most) in runs_.items():
         config = config_of(runs, name, changes)
         config.folder.mkdir(parents=True, exist_ok=True)
         for sow in (torch.manual_seed, np.random.seed, random.seed):
             sow(seed + rank)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-        try:
-            work(Task(config, assignment_of(config), None, "inline"), torch.device("cpu"))
-            errors[name] = ""
-        except RuntimeError as error:
-            errors[name] = f"{error}"
+        told = work(Task(config, assignment_of(config), None, "inline"), torch.device("cpu"))
+        errors[name] = told.get("failed", "")
     return errors
 
 
@@ -303,5 +324,5 @@ def test_files_are_flushed_before_they_are_named(tmp_path, monkeypatch):
 def test_a_small_file_is_replaced_whole(tmp_path):
     file = tmp_path / "x.json"
     for data in (b"one", b"another"):
-        checkpoint_files.replace(file, data)
+        durable.replace(file, data)
         assert file.read_bytes() == data and names(tmp_path) == ["x.json"]

@@ -24,6 +24,7 @@ FREE = {
     "kernels",
     "log_steps",
     "max_failures",
+    "max_not_finite",
     "rollbacks",
 }
 
@@ -66,6 +67,7 @@ def test_all_of_the_labelling_counts(field):
     ("field", "other"),
     [
         ("seed", 9),
+        ("classes.template", "a {}."),
         ("corpus.lanes", 4),
         ("corpus.window_blocks", 7),
         ("student.model", "ViT-B-32"),
@@ -146,11 +148,8 @@ def work_twice(rank: int, world: int, runs: str, changes: dict, other: dict) -> 
     for more in ({}, other):
         config: RunConfig = config_of(runs, "run", changes | more)
         config.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            work(Task(config, assignment_of(config), None, "inline"), torch.device("cpu"))
-            errors.append("")
-        except UserError as error:
-            errors.append(f"{error}")
+        told = work(Task(config, assignment_of(config), None, "inline"), torch.device("cpu"))
+        errors.append(told.get("failed", ""))
     return errors
 
 

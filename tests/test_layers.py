@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
+    ("engine.durable",),
     (
         "engine.config",
         "engine.telemetry",

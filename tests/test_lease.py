@@ -152,6 +152,18 @@ def test_a_driver_that_died_while_it_made_its_lease_holds_nothing(tmp_path, pati
     lease.take(tmp_path).close()
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "\0" * 40])
+def test_a_lease_that_is_damaged_is_nobodys_once_it_rests(tmp_path, patience, text):
+    mine = lease.take(tmp_path)
+    (tmp_path / "lease.json").write_text(text)
+    with pytest.raises(OSError, match="names no driver"):  # so that no worker stops for it
+        lease.state(tmp_path, mine.owner)
+    other = lease.take(tmp_path)
+    assert lease.state(tmp_path, mine.owner) == "lost"
+    other.close()
+    mine.close()
+
+
 def test_of_several_that_take_over_at_once_one_has_it(tmp_path):
     elsewhere(tmp_path)
     drivers = [driver(tmp_path) for _ in range(6)]

@@ -1,6 +1,7 @@
 """Runs of several lives: killed at any step, at any world size, they are the run that was not."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def test_workers_that_have_lost_the_run_write_nothing_more(changes, tmp_path):
     mine.close()
 
 
+def test_workers_that_have_lost_the_run_do_not_roll_it_back(changes, tmp_path):
+    """Nor do they write a bundle: the last step of a run is lost, too."""
+    for name, ends, step in (("one", "lost, collapse", 5), ("two", "lost", STEPS)):
+        runs = tmp_path / name
+        folder = runs / "run"
+        folder.mkdir(parents=True)
+        mine = lease.take(folder)
+        (told,) = run_distributed(life, 1, str(runs), changes, ends, step, 0, mine.owner)
+        assert told["stopped"] == 3
+        held = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+        assert held[-1] == f"step-{step - 1:08d}", "what was committed before"
+        assert not {"rollbacks.json", "bundle.safetensors"} & {one.name for one in folder.iterdir()}
+        mine.close()
+
+
 # ------------------------------------------------------------ the command
 
 
@@ -204,7 +220,9 @@ def test_a_run_goes_on_from_its_folder_and_an_ended_one_does_not(
 @pytest.mark.ray
 def test_a_run_without_a_checkpoint_begins_anew_and_says_so(domain, local_ray, tmp_path, capsys):
     config = config_of(domain, tmp_path, "run", "--train.passes", "1")
-    run_folder.create(config, workers=1)
+    distill(config)
+    (config.folder / "summary.json").unlink()  # as if it had been killed in its first steps
+    shutil.rmtree(config.folder / "checkpoints")
     distill(config, resume=True)
     assert "from step 0: there is no checkpoint yet" in capsys.readouterr().err
 

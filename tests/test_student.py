@@ -189,6 +189,20 @@ def nan_on_one_rank(rank: int, world: int, model: str) -> list[tuple[torch.Tenso
     return told
 
 
+def nan_below(model: str) -> list[tuple[torch.Tensor, dict, dict]]:
+    """Of every stage: what a step tells whose gradient overflows in the tower, and weights around
+    it."""
+    told = []
+    for stage in STAGES:
+        student = new_student(model)
+        student.prompts.register_hook(lambda gradient: gradient * torch.inf)
+        trainer = new_trainer(student, Case(stage, "sgd"))
+        before = trainer.state()[0]
+        told.append((take_step(trainer, 0, *data(1)), before, trainer.state()[0]))
+        trainer.engine.destroy()
+    return told
+
+
 def test_a_nan_on_one_rank_leaves_the_others_their_update(pair, model):
     """Batch norm's statistics are of all images; the gradient is of rank 1's alone."""
     ranks = [told[1] for told in pair]
@@ -283,7 +297,7 @@ def train_in_pair(rank: int, world: int, model: str) -> tuple[dict, list, list]:
 def train_alone(rank: int, world: int, model: str) -> tuple[dict, dict, list[dict], list[tuple]]:
     told = train(rank, world, model, None)
     resumed = train(rank, world, model, {tuple(case): told[case]["middle"] for case in AS_EVER})
-    return told, resumed, broken_labels(model), nan_labels(model)
+    return told, resumed, broken_labels(model), nan_labels(model), nan_below(model)
 
 
 def assert_equal(got: tuple[dict, dict], wanted: tuple[dict, dict]) -> None:
@@ -453,6 +467,19 @@ def test_a_nan_is_told_of_and_kept_from_the_optimizer(alone):
         assert tally.tolist() == [0, 0, 0, 0, int(data(1)[2].sum()), 1]
         for name in ("prompts", "projector.first.weight", "projector.second.bias"):
             torch.testing.assert_close(after[name], kept * before[name])
+
+
+def test_what_overflows_below_the_features_is_kept_from_what_lies_below(alone):
+    """Images that the projector has learned from are trained; the step is told of all the same."""
+    config = settings("sgd")
+    kept = 1 - learning_rate(0, STEPS, config) * config.weight_decay
+    assert len(alone[4]) == len(STAGES)
+    for tally, before, after in alone[4]:
+        count, *sums, lost, not_finite = tally.tolist()
+        assert (count, lost, not_finite) == (int(data(1)[2].sum()), 0, 1) and sums[0] > 0
+        torch.testing.assert_close(after["prompts"], kept * before["prompts"])
+        name = "projector.second.bias"
+        assert (after[name] - kept * before[name]).abs().max() > 1e-6
 
 
 def test_settings_are_those_that_matter():

@@ -30,6 +30,17 @@ def test_a_later_life_of_a_run_appends(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n'])
+def test_a_record_that_a_full_disk_took_a_part_of_is_cut_off(tmp_path, whole):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(whole + '{"step": 2, "lo')
+    recorder = Recorder(tmp_path)
+    recorder.record("train", step=3)
+    recorder.close()
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert steps == ([1, 3] if whole else [3])
+
+
 def test_sampler_says_so_where_there_is_no_gpu(caplog):
     try:
         pynvml.nvmlInit()

@@ -33,7 +33,16 @@ from engine.train.health import Health
 from engine.train.identity import Identity
 from engine.train.ledger import Ledger
 
-__all__ = ["Checkpoint", "Saver", "Unsound", "load_latest", "newest_good", "roll_back", "save"]
+__all__ = [
+    "Checkpoint",
+    "Saver",
+    "Unsound",
+    "load",
+    "load_latest",
+    "newest_good",
+    "roll_back",
+    "save",
+]
 
 _STUDENT, _OPTIMIZER, _STATE = FILES
 _PACKAGES = ("torch", "deepspeed")  # another version of which may compute otherwise
@@ -105,7 +114,7 @@ class Saver:
     def _save(self, checkpoint: Checkpoint) -> None:
         try:
             save(self._folder, checkpoint, self._keep_last, self._keep_every, self._require_held)
-        except OSError as error:
+        except OSError as error:  # it is no checkpoint then, and the run goes on
             if not self._failed:
                 say(
                     f"warning: the checkpoint of step {checkpoint.step} could not be written to "
@@ -127,9 +136,10 @@ def save(
     """Writes a checkpoint into `folder`, and removes older ones: all but the last `keep_last`, the
     newest good one, and the first one of every `keep_every` steps (0: no more). While it is being
     written, there is one more. Raises OSError where it is not written."""
-    path = files.commit(folder, checkpoint.step, _contents(checkpoint), require_held)
+    newest = checkpoint.step
+    path = files.commit(folder, newest, _contents(checkpoint), require_held)
     try:
-        files.retain(folder, _kept(folder, checkpoint.step, keep_last, keep_every))
+        files.retain(folder, newest, _kept(folder, newest, keep_last, keep_every))
     except OSError as error:
         say(f"warning: old checkpoints in {folder} cannot be removed: {error}")
     return path
@@ -151,7 +161,6 @@ def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
 
 
 def _kept(folder: Path, newest: int, keep_last: int, keep_every: int) -> set[int]:
-    """Those after `newest` are of a life of the run that nothing leads to any more."""
     steps = [step for step in files.steps(folder) if step <= newest]
     kept = {*steps[-keep_last:]}
     kept |= {next((step for step in reversed(steps) if _is_good(folder, step)), newest)}
@@ -164,10 +173,17 @@ def _kept(folder: Path, newest: int, keep_last: int, keep_every: int) -> set[int
 def _is_good(folder: Path, step: int) -> bool:
     """Of one that may be damaged, as far as its small files tell."""
     try:
-        state = files.read_json(files.path_of(folder, step) / _STATE)
-        return Health(**state["health"]).good
-    except (Damaged, KeyError, TypeError):
+        return _health(folder, step).good
+    except Damaged:
         return False
+
+
+def _health(folder: Path, step: int) -> Health:
+    file = files.path_of(folder, step) / _STATE
+    try:
+        return Health(**files.read_json(file)["health"])
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{file} is damaged: {error}") from None
 
 
 # ------------------------------------------------------------ loading
@@ -207,12 +223,24 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def load(folder: Path, step: int) -> Checkpoint:
+    """A checkpoint that another process of the run has found sound. Raises UserError where it is
+    not there, or not sound, as this one sees it."""
+    try:
+        return _load(folder, step)
+    except Damaged as damage:
+        raise UserError(
+            f"runs_dir must be one folder for all nodes; another worker goes on from step {step}, "
+            f"but here {damage}"
+        ) from None
+
+
 def newest_good(folder: Path, unless: int | None = None) -> int:
     """The step of the newest checkpoint that is sound, and of a student that learned well; 0 where
     there is none. One of step `unless` does not count."""
     for step in reversed(files.steps(folder)):
         try:
-            if step != unless and _load(folder, step).health.good:
+            if step != unless and files.verify(folder, step) and _health(folder, step).good:
                 return step
         except Damaged as damage:
             say(f"warning: {damage}")

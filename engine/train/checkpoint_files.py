@@ -20,6 +20,7 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
+from engine import durable
 from engine.json_text import parse_json
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "pointed",
     "read_json",
     "remove",
-    "replace",
     "retain",
     "steps",
     "verify",
@@ -42,7 +42,6 @@ _MANIFEST, _LATEST = "manifest.json", "latest.json"
 _FORMAT = 1
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 _LEFT_OVER = re.compile(rf"{_NAME.pattern}\.(tmp|old)")  # of a process that died
-_PIECE_BYTES = 1 << 24  # of one write
 _MOST_JSON_BYTES = 1 << 20
 
 
@@ -69,23 +68,24 @@ def commit(
     require_held: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes a checkpoint of FILES, which are asked for one by one. Whatever happens meanwhile,
-    those that were there stay; one of the same step, of a life of the run that went further than
-    its successor, is replaced. `require_held` may raise, just before the commitment."""
+    those that were there stay; one of the same step is replaced. `require_held` raises where this
+    process is not to write any more: it is asked first, and just before the commitment."""
+    require_held()
     final = path_of(folder, step)
     partial = final.with_name(f"{final.name}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
-    _flush(folder.parent)
-    _remove_left_overs(folder)
+    durable.flush(folder.parent)
+    _remove_left_overs(folder, step)
     os.mkdir(partial)
     try:
         told = {}
         for name, data in files:
-            _write(partial / name, data)
+            durable.write(partial / name, data)
             told[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         assert told.keys() == {*FILES}
         manifest = {"format": _FORMAT, "step": step, "files": told}
-        _write(partial / _MANIFEST, _json(manifest | {"self": _digest(manifest)}))
-        _flush(partial)
+        durable.write(partial / _MANIFEST, _json(manifest | {"self": _digest(manifest)}))
+        durable.flush(partial)
         require_held()
         if final.exists():
             os.rename(final, final.with_name(f"{final.name}.old"))
@@ -93,7 +93,7 @@ def commit(
     except BaseException:  # a full disk is not to stay full
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _flush(folder)
+    durable.flush(folder)
     point(folder, step)
     return final
 
@@ -101,30 +101,19 @@ def commit(
 def point(folder: Path, step: int | None) -> None:
     """Names the newest checkpoint; None: there is none any more."""
     if step is not None:
-        replace(folder / _LATEST, _json({"step": step}))
+        durable.replace(folder / _LATEST, _json({"step": step}))
     elif (folder / _LATEST).exists():
         os.unlink(folder / _LATEST)
-        _flush(folder)
+        durable.flush(folder)
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Writes a small file, atomically and for good."""
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        _write(partial, data)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
-
-
-def retain(folder: Path, kept: Container[int]) -> None:
-    """Removes all other checkpoints, and what processes that died have left."""
+def retain(folder: Path, newest: int, kept: Container[int]) -> None:
+    """Removes all other checkpoints up to the `newest`, and what processes that died have left;
+    what is newer, another process may have written."""
     for step in steps(folder):
-        if step not in kept:
+        if step <= newest and step not in kept:
             remove(folder, step)
-    _remove_left_overs(folder)
+    _remove_left_overs(folder, newest)
 
 
 def remove(folder: Path, step: int) -> None:
@@ -136,9 +125,10 @@ def remove(folder: Path, step: int) -> None:
     _discard(doomed)
 
 
-def _remove_left_overs(folder: Path) -> None:
-    for name in filter(_LEFT_OVER.fullmatch, _entries(folder)):
-        _discard(folder / name)
+def _remove_left_overs(folder: Path, newest: int) -> None:
+    for name in map(_LEFT_OVER.fullmatch, _entries(folder)):
+        if name and int(name[1]) <= newest:
+            _discard(folder / name[0])
 
 
 def _discard(path: Path) -> None:
@@ -146,25 +136,6 @@ def _discard(path: Path) -> None:
         os.unlink(path)
     else:
         shutil.rmtree(path)
-
-
-def _write(path: Path, data: bytes) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file, rest[:_PIECE_BYTES]) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------ reading

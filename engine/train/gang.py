@@ -10,31 +10,35 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from engine.config import RunFailed, UserError
-from engine.progress import hand_over
+from engine.progress import hand_over, say
 from engine.telemetry import Recorder
 from engine.train.stops import hear_sigterm
 from engine.train.worker import Task, work
 
-__all__ = ["run_gang"]
+__all__ = ["allow_silence", "run_gang"]
+
+
+def allow_silence(timeout_s: float) -> None:
+    """How long the workers of all gangs may fail to answer Ray; before the first run_gang()."""
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s)
 
 
 def run_gang(task: Task) -> dict[str, Any]:
     """Runs the student workers to their end, and gives what rank 0 has to tell.
 
-    A worker that does not answer Ray for `student.timeout_s` has failed: it is stopped, or hangs.
-    One that answers has so long, beyond `targets.timeout_s`, to join the others in a collective.
+    A worker that does not answer Ray for as long as allow_silence() says has failed: it is stopped,
+    or hangs. One that answers has `student.timeout_s` beyond `targets.timeout_s` to join the others
+    in a collective.
 
     Raises UserError or RunFailed once workers have failed more often than allowed.
     """
     config = task.config
-    silent_s = config.student.timeout_s
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(silent_s)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"task": task},
         torch_config=TorchConfig(
             backend="nccl" if config.device == "cuda" else "gloo",
-            timeout_s=math.ceil(config.targets.timeout_s + silent_s),
+            timeout_s=math.ceil(config.targets.timeout_s + config.student.timeout_s),
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.student.workers,
@@ -57,7 +61,10 @@ def run_gang(task: Task) -> dict[str, Any]:
 
 def _plain(failure: ray.train.TrainingFailedError, story: Path) -> Exception:
     """The worker's own error, without Ray Train's wrapping; its tracebacks go to file `story`."""
-    story.write_text(f"{failure}\n")
+    try:
+        story.write_text(f"{failure}\n")
+    except OSError as full:
+        say(f"warning: {story} cannot be written: {full}")
     if not isinstance(failure, ray.train.WorkerGroupError):
         return RunFailed(f"Ray Train failed; {story} tells how")
     rank, error = min(failure.worker_failures.items(), key=lambda item: _blame(*item))

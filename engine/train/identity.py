@@ -45,6 +45,7 @@ class Identity:
             "seed": config.seed,
             "corpus.lanes": config.corpus.lanes,
             "corpus.window_blocks": config.corpus.window_blocks,
+            "classes.template": config.classes.template,  # of class vectors that are made
             "student.model": student.model,
             "student.weights": backbone,
             "student.precision": student.precision,

@@ -118,6 +118,7 @@ def train(
                 )
             )
 
+    ended: Spoilt | Stopped | None = None
     try:
         for batch in loader:
             step = batch.work.step
@@ -148,17 +149,19 @@ def train(
                     )
                 try:
                     account.judge(totals)
-                except Spoilt:  # what is learned is kept, for who mends the corpus
-                    save(done)
-                    raise
+                except Spoilt as spoilt:  # what is learned is kept, for who mends the corpus
+                    ended, saves = spoilt, True
             if done % order.steps == 0:  # before it is saved, which ends the pass for good
                 after_pass(step // order.steps)
             if saves:
                 save(done)
             if stop is not Stop.NONE:
-                _require_saved(saver)
-                raise Stopped(stop, done)
+                ended = ended or Stopped(stop, done)
+            if ended:
+                break
         _require_saved(saver)
+        if ended:
+            raise ended
         life_s = time.perf_counter() - started
     finally:
         loader.close()

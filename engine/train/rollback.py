@@ -10,8 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from engine import durable
 from engine.telemetry import Recorder
-from engine.train import checkpoint, checkpoint_files
+from engine.train import checkpoint
 
 __all__ = ["take", "taken"]
 
@@ -40,7 +41,7 @@ def _go_back(folder: Path, why: str, most: int) -> int | None:
         failed = before[-1]["to_step"] if before else None
         step = checkpoint.roll_back(folder / "checkpoints", unless=failed)
         told = json.dumps([*before, {"why": why, "to_step": step}], indent=2)
-        checkpoint_files.replace(folder / "rollbacks.json", told.encode())
+        durable.replace(folder / "rollbacks.json", told.encode())
         rate = f"1/{2 ** (len(before) + 1)} of its learning rate"
         recorder.record("notice", text=f"going on from step {step} at {rate}")
     recorder.close()

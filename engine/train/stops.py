@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine import lease
-from engine.config import RunFailed
 from engine.progress import say
 
 __all__ = ["Stop", "Stopped", "Stops", "hear_sigterm"]
@@ -80,7 +79,7 @@ class Stops:
         if self._device.type != "cuda":
             return Stop(int(flag))
         host = torch.empty(1, pin_memory=True).copy_(flag, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event(blocking=True)  # a core that spins is one less to decode
         copied.record()
         self._coming.append((host, copied))
         if len(self._coming) <= _LAG:
@@ -90,18 +89,19 @@ class Stops:
         return Stop(int(host))
 
     def now(self) -> Stop:
-        """What is asked at this moment, by a look at the lease. Every worker calls it."""
+        """What is asked at this moment, by a look at the lease, if it can be read. Every worker
+        calls it."""
         if self._reads:
-            self._look()
+            self._try_to_look()
         return Stop(int(self._everyones()))
 
     def require_held(self) -> None:
-        """For the process that writes, just before it commits. Raises RunFailed where the run has
-        been taken over, OSError where that cannot be told."""
+        """For the process that writes, just before it commits. Raises OSError where the run has
+        been taken over, or where that cannot be told."""
         if self._reads:
             self._look()
             if self._seen is Stop.LOST:
-                raise RunFailed(f"{self._folder} has been taken over by another driver")
+                raise OSError(f"{self._folder} has been taken over by another driver")
 
     def close(self) -> None:
         self._ended.set()
@@ -119,7 +119,10 @@ class Stops:
 
     def _watch(self) -> None:
         while not self._ended.wait(_PERIOD_S):
-            try:
-                self._look()
-            except OSError as error:
-                say(f"warning: the lease of {self._folder} cannot be read: {error}")
+            self._try_to_look()
+
+    def _try_to_look(self) -> None:
+        try:
+            self._look()
+        except OSError as error:
+            say(f"warning: the lease of {self._folder} cannot be read: {error}")

@@ -58,6 +58,7 @@ class StudentTrainer:
         self._kl_weight = effective_weight(config, len(w_ND))
         self._gram = gram(w_ND) if config.cosine_weight else None
         self._finite = torch.ones((), dtype=torch.bool, device=w_ND.device)
+        self._learned = self._finite.clone()  # that is, loss and the features' gradient are finite
         params = [p for p in student.parameters() if p.requires_grad]
         for param in params:
             param.register_hook(self._keep_finite)
@@ -98,9 +99,10 @@ class StudentTrainer:
 
     def step(self, step: int, images_BCHW: Tensor, targets: Targets) -> Tensor:
         """One update. Gives, summed over this worker's valid images: their number, their KL, how
-        many have the teacher's top class, and their loss. If that or a gradient is not finite, it
-        is kept out of the update, which for this worker has no gradient then; the sums are 0, and
-        followed by the number of images, and 1. fp32 [6], on the device. Waits for no GPU.
+        many have the teacher's top class, and their loss. If that, or the gradient of the features,
+        is not finite, nothing is learned from these images: the four are 0, and the fifth is their
+        number. If a gradient further down is not, it and those below it count as 0. In both cases
+        the sixth is 1, else 0. fp32 [6], on the device. Waits for no GPU.
 
         A loss of features needs targets of that form."""
         device = self._w_ND.device
@@ -114,7 +116,7 @@ class StudentTrainer:
 
         x_BD = self.engine(images_BCHW, valid_B, unit=False)
         # Here, before the batch norm's collectives would carry it to the other workers, and below.
-        x_BD.register_hook(self._keep_finite)
+        x_BD.register_hook(self._keep_learnable)
         told = targets.values_BX
         losses = distillation(
             x_BD,
@@ -143,8 +145,14 @@ class StudentTrainer:
         self.engine.step()
         agree = (losses.top_s_B == losses.top_t_B) & valid_B
         sums = torch.stack([count, kl, agree.sum().float(), loss.detach()])
-        lost = torch.stack([count, torch.ones_like(count)])
-        return torch.cat([torch.where(self._finite, sums, 0), torch.where(self._finite, 0, lost)])
+        lost = torch.where(self._learned, 0, count)
+        sums = torch.where(self._learned, sums, 0)
+        return torch.cat([sums, torch.stack([lost, (~self._finite).float()])])
+
+    def _keep_learnable(self, gradient: Tensor) -> Tensor:
+        gradient = self._keep_finite(gradient)
+        self._learned.copy_(self._finite)
+        return gradient
 
     def _keep_finite(self, gradient: Tensor) -> Tensor:
         """Keeps nan and infinity from the optimizer, without waiting for the GPU to answer."""
@@ -230,7 +238,7 @@ class StudentTrainer:
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _optimizer(params: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

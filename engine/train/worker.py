@@ -18,7 +18,7 @@ from engine.clip.names import base_count
 from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, ImageTower, load_clip
 from engine.clip.trained import TrainedTower
-from engine.config import RunConfig, UserError
+from engine.config import RunConfig, RunFailed, UserError
 from engine.data.corpus import open_corpora
 from engine.data.isolate import decoder_of
 from engine.data.order import Order
@@ -62,9 +62,9 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
     """Trains, writes the bundle and evaluates, on the process group that is already there.
 
     Gives the same on every worker: steps, seconds, ledgers and scores; or, under `collapsed` or
-    `spoilt`, why the student, or the corpus, was given up; or, under `stopped`, a Stop, and `step`,
-    that of the last checkpoint. Raises UserError where workers do not
-    see the same run folder, RuntimeError where labels do not come.
+    `spoilt`, why the student, or the corpus, was given up; or, under `failed`, what would not be
+    mended by another try; or, under `stopped`, a Stop, and `step`, that of the last checkpoint.
+    Raises RuntimeError where labels do not come.
     """
     torch.set_num_threads(task.config.student.threads)
     worker = _Worker(task, device)
@@ -128,28 +128,27 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         """All of a run; see work()."""
+        try:
+            return self._run()
+        except Stopped as stopped:
+            return {"stopped": int(stopped.stop), "step": stopped.step}
+        except Spoilt as spoilt:
+            return {"spoilt": str(spoilt)}
+        except RunFailed as failure:  # all workers have come to it
+            return {"failed": str(failure)}
+
+    def _run(self) -> dict[str, Any]:
         config = self.config
         while True:
             try:
                 trained, weights = self._trained()
                 break
-            except Stopped as stopped:
-                return {"stopped": int(stopped.stop), "step": stopped.step}
-            except Spoilt as spoilt:
-                return {"spoilt": str(spoilt)}
             except Collapse as collapse:
-                why, most = str(collapse), config.train.rollbacks
-                if isinstance(collapse, NotFinite):
-                    file = config.folder / "not_finite.jsonl"
-                    why += f"; their samples are in {file}"
-                    if self.rank == 0:
-                        shards = self.corpora["shards"].shards
-                        write_samples(file, self.order, collapse.steps, shards)
-                step = rollback.take(config.folder, why, most, self.rank)
-                if step is None:
+                self._require_ours()
+                why = self._reason(collapse)
+                if rollback.take(config.folder, why, config.train.rollbacks, self.rank) is None:
                     return {"collapsed": why}
-                if self.rank == 0:
-                    self.selection.forget(step // self.order.steps)
+        self._require_ours()
         bundle = self._bundle(weights)
         if self.rank == 0:
             bundle.save(config.folder / "bundle.safetensors")
@@ -180,16 +179,15 @@ class _Worker:
 
     def _trained(self) -> tuple[Trained, dict[str, Tensor]]:
         """Trains from the newest checkpoint to the end; gives the weights to keep, too."""
-        folder = self.config.folder / "checkpoints"
-        start = checkpoint.load_latest(folder)
-        if start:
-            self.identity.require(start.identity, f"{folder}")
-        rollbacks = len(rollback.taken(self.config.folder))
+        start, rollbacks = self._start()
         first = start.step if start else 0
-        _require_one_start((first, rollbacks), self.world)
         if (stop := self.setting.stops.now()) is not Stop.NONE:
             raise Stopped(stop, first)
+        if self.rank == 0:  # what was selected after it was of a lineage that has not survived
+            self.selection.forget(first // self.order.steps)
         trainer = self._trainer(start, rollbacks)
+        if start:  # the trainer has them now, and they are large
+            start = replace(start, student={}, optimizer={})
         try:
             trained = train(
                 trainer, self.setting, start, lambda pass_: self._after_pass(pass_, trainer)
@@ -199,6 +197,47 @@ class _Worker:
             trainer.engine.destroy()
         dist.barrier()  # rank 0 may still be writing the pass it has selected
         return trained, self.selection.choice(last)
+
+    def _start(self) -> tuple[checkpoint.Checkpoint | None, int]:
+        """The newest checkpoint that rank 0 finds sound, and how often the run has gone back. All
+        workers raise RunFailed where one of them cannot go on from there."""
+        folder, start = self.config.folder / "checkpoints", None
+        try:
+            if self.rank == 0:
+                start = checkpoint.load_latest(folder)
+            found = [(start.step if start else 0, len(rollback.taken(self.config.folder)))]
+            fault = ""
+        except UserError as error:
+            found, fault = [(0, 0)], str(error)
+        dist.broadcast_object_list(found)
+        (step, rollbacks), *_ = found
+        try:
+            if self.rank and step:
+                start = checkpoint.load(folder, step)
+            if start:
+                self.identity.require(start.identity, f"{folder}")
+        except UserError as error:
+            fault = str(error)
+        faults = [fault] * self.world
+        dist.all_gather_object(faults, fault)
+        if any(faults):
+            raise RunFailed(next(filter(None, faults)))
+        return start, rollbacks
+
+    def _require_ours(self) -> None:
+        """Before something is written or removed. All workers raise Stopped where the run is
+        another driver's by now."""
+        if (stop := self.setting.stops.now()) is Stop.LOST:
+            raise Stopped(stop, 0)
+
+    def _reason(self, collapse: Collapse) -> str:
+        """Why a student has collapsed, with the file that tells more."""
+        if not isinstance(collapse, NotFinite):
+            return str(collapse)
+        file = self.config.folder / "not_finite.jsonl"
+        if self.rank == 0:
+            write_samples(file, self.order, collapse.steps, self.corpora["shards"].shards)
+        return f"{collapse}; their samples are in {file}"
 
     def _trainer(self, start: checkpoint.Checkpoint | None, rollbacks: int) -> "StudentTrainer":
         from engine.train.student import StudentTrainer  # the driver can do without DeepSpeed
@@ -304,14 +343,3 @@ def _kernels(asked: Impl, w_ND: Tensor) -> Impl:
         raise UserError(f"train.kernels: triton fails on {w_ND.device}: {why}")
     say(f"warning: losses by torch, since Triton's kernels fail on {w_ND.device}: {why}")
     return "torch"
-
-
-def _require_one_start(start: tuple[int, int], world: int) -> None:
-    """Workers that start at different steps, or rates, would wait for each other for ever."""
-    starts = [start] * world
-    dist.all_gather_object(starts, start)
-    if len(set(starts)) > 1:
-        raise UserError(
-            "runs_dir must be one folder for all nodes: checkpoints and roll-backs differ, "
-            f"{starts}"
-        )
