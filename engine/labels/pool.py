@@ -134,6 +134,7 @@ def start_teacher(told: TeacherConfig, roster: ActorHandle, node: str) -> ActorH
     actor: Any = ray.remote(TeacherActor).options(
         num_cpus=told.cpus,
         num_gpus=told.gpus,
+        memory=1,  # a byte: Ray places an actor that wants nothing anywhere (seen in 2.60)
         max_restarts=-1,
         max_task_retries=-1,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
