@@ -46,6 +46,7 @@ PLACES = {
     "yarl": ("engine/data/web.py",),
     "tyro": ("engine/parse.py",),
     "rich": ("engine/progress.py",),
+    "psutil": ("engine/train/gang.py",),
     "pynvml": ("engine/telemetry.py",),
     "ray": (
         "engine/labels/pool.py",

@@ -2,12 +2,15 @@
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
 
 from engine.config import RunFailed, UserError
 from engine.progress import hand_over, say
@@ -21,6 +24,33 @@ __all__ = ["allow_silence", "run_gang"]
 def allow_silence(timeout_s: float) -> None:
     """How long the workers of all gangs may fail to answer Ray; before the first run_gang()."""
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s)
+
+_PART_S = "5"  # for a process group to be taken down; one that a lost worker was in never is
+
+
+class _Backend(_TorchBackend):
+    """Ray Train's, in its controller, of workers on hosts of several networks."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", _PART_S)
+        worker_group.execute(_use_rays_interface)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class _Torch(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+def _use_rays_interface() -> None:
+    """Gloo listens where this host's name leads to, which often is 127.0.0.1 or 127.0.1.1, where
+    no other host reaches it. Ray's own address is one that they reach."""
+    address = ray.util.get_node_ip_address()
+    for name, found in psutil.net_if_addrs().items():
+        if any(one.address == address for one in found):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def run_gang(task: Task) -> dict[str, Any]:
@@ -36,7 +66,7 @@ def run_gang(task: Task) -> dict[str, Any]:
     trainer = TorchTrainer(
         _work,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(
+        torch_config=_Torch(
             backend="nccl" if config.device == "cuda" else "gloo",
             timeout_s=math.ceil(config.targets.timeout_s + config.student.timeout_s),
         ),
