@@ -15,6 +15,7 @@ from rich.progress import track as rich_track
 __all__ = ["Watch", "say", "track"]
 
 T = TypeVar("T")
+_STILL_S = 120.0  # without a step, of which it is told
 
 _console = Console(stderr=True, highlight=False)
 _listeners: list[Callable[[str], None]] = []  # the last counts
@@ -90,11 +91,16 @@ class Watch:
                     )
 
     def _print_lines(self) -> None:
-        done = False
+        done, still_s, told_s = False, 0.0, 0.0
         while not done:
             done = self._done.wait(self._quiet_s)
+            still_s += self._quiet_s
             for name, record in self._news():
                 say(f"{self._named(name)}step {record['step']}/{record['steps']} · {_told(record)}")
+                still_s = told_s = 0.0
+            if still_s >= told_s + _STILL_S:
+                told_s = still_s
+                say(f"no step in the last {still_s:.0f} s")
 
     def _news(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The newest training record of each run that has one; says what the runs have to say."""

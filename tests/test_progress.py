@@ -1,6 +1,7 @@
 import json
 import time
 
+from engine import progress
 from engine.progress import Watch, say, track
 
 
@@ -48,6 +49,17 @@ def test_watch_prints_the_newest_whole_record(tmp_path, capsys):
         await_text(capsys, "step 30/40")
         time.sleep(0.1)
     assert "step" not in capsys.readouterr().err  # said once
+
+
+def test_a_watch_tells_of_standing_still_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_STILL_S", 0.2)
+    metrics = tmp_path / "metrics.jsonl"
+    with Watch({"run": metrics}, quiet_s=0.02):
+        metrics.write_text(line(10))
+        await_text(capsys, "step 10/40")
+        printed = await_text(capsys, "no step in the last")
+        time.sleep(0.3)
+    assert (printed + capsys.readouterr().err).count("no step") <= 4
 
 
 def test_watch_ends_with_its_block_and_hides_no_error(tmp_path):

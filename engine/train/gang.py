@@ -20,12 +20,7 @@ from engine.train.worker import Task, work
 
 __all__ = ["allow_silence", "run_gang"]
 
-
-def allow_silence(timeout_s: float) -> None:
-    """How long the workers of all gangs may fail to answer Ray; before the first run_gang()."""
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s)
-
-_PART_S = "5"  # for a process group to be taken down; one that a lost worker was in never is
+_PART_S = "5"  # for a process group to be taken down: one that has lost a worker never is
 
 
 class _Backend(_TorchBackend):
@@ -51,6 +46,11 @@ def _use_rays_interface() -> None:
     for name, found in psutil.net_if_addrs().items():
         if any(one.address == address for one in found):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def allow_silence(timeout_s: float) -> None:
+    """How long the workers of all gangs may fail to answer Ray; before the first run_gang()."""
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s)
 
 
 def run_gang(task: Task) -> dict[str, Any]:
@@ -96,7 +96,8 @@ def _plain(failure: ray.train.TrainingFailedError, story: Path) -> Exception:
     except OSError as full:
         say(f"warning: {story} cannot be written: {full}")
     if not isinstance(failure, ray.train.WorkerGroupError):
-        return RunFailed(f"Ray Train failed; {story} tells how")
+        why = str(failure).strip().rpartition("\n")[2]
+        return RunFailed(f"Ray Train failed: {why} ({story} tells how)")
     rank, error = min(failure.worker_failures.items(), key=lambda item: _blame(*item))
     if isinstance(error, UserError):
         return error

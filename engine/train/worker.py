@@ -183,8 +183,10 @@ class _Worker:
         first = start.step if start else 0
         if (stop := self.setting.stops.now()) is not Stop.NONE:
             raise Stopped(stop, first)
-        if self.rank == 0:  # what was selected after it was of a lineage that has not survived
+        if self.rank == 0:
+            # What was selected after it was of a lineage that has not survived.
             self.selection.forget(first // self.order.steps)
+            say(f"{self.world} student workers start from step {first}")
         trainer = self._trainer(start, rollbacks)
         if start:  # the trainer has them now, and they are large
             start = replace(start, student={}, optimizer={})
