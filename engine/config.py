@@ -333,6 +333,9 @@ class TrainConfig(Section):
     well."""
     keep_every: Annotated[int, Range(0)] = 0
     """Also keep the first checkpoint of every so many steps. 0: none."""
+    checkpoint_copy: str = path_field()
+    """Folder or URL (s3, gs) to which every checkpoint is copied too, under the run's name; from
+    there --resume goes on where the run folder is lost, or has no checkpoint. Empty: none."""
     log_steps: Annotated[int, Range(1)] = 10
     """Steps between metric records."""
     max_failures: Annotated[int, Range(-1)] = 3

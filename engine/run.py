@@ -25,7 +25,7 @@ from engine.sigterm import Sigterm
 from engine.staff import arranged
 from engine.telemetry import Recorder
 from engine.together import check_together
-from engine.train import checkpoint
+from engine.train import checkpoint, checkpoint_copy
 from engine.train.gang import allow_silence
 from engine.train.identity import Identity
 from engine.train.worker import Task
@@ -41,6 +41,7 @@ def distill(config: RunConfig, resume: bool = False) -> Summary:
     student workers fail for good, and Drained on SIGTERM.
     """
     if resume:
+        checkpoint_copy.prepare(config, resume)
         run_folder.require_begun(config)
     (outcome,) = distill_students({config.name: config}, resume).values()
     if isinstance(outcome, BaseException):
@@ -62,6 +63,7 @@ def distill_students(configs: Mapping[str, RunConfig], resume: bool = False) -> 
         sigterm = stack.enter_context(Sigterm())
         leases = {}
         for name, config in configs.items():
+            checkpoint_copy.prepare(config, resume)
             run_folder.check(config, resume)
             if config.folder.exists() and not (resume and run_folder.ended(config)):
                 leases[name] = stack.enter_context(closing(lease.take(config.folder)))
@@ -122,6 +124,9 @@ def _distill(
             workers = config.student.workers
             folder = run_folder.create(config, identities[name], workers=workers)
             leases[name] = stack.enter_context(closing(lease.take(folder)))
+            copy = checkpoint_copy.copy_of(config.train.checkpoint_copy, folder)
+            if config.overwrite and copy:
+                copy.clear()
         vectors = config.folder / "class_vectors.safetensors"
         if not vectors.exists():
             assignment.labels.teachers[0].classes.save(vectors)
@@ -165,6 +170,7 @@ def _go_on(config: RunConfig) -> float:
     """Begins another life of a run, and says so. Gives the seconds that the earlier ones took."""
     life, before_s = run_folder.go_on(config, workers=config.student.workers)
     saved = checkpoint.load_latest(config.folder / "checkpoints")
+    saved = saved or checkpoint_copy.restored(config)
     where = f"step {saved.step}" if saved else "step 0: there is no checkpoint yet"
     text = f"resumed, on {config.student.workers} workers, from {where}; life {life} of the run"
     recorder = Recorder(config.folder)

@@ -49,7 +49,8 @@ def main(args: Sequence[str]) -> int:
         told = {name: to_dict(one) for name, one in students.items()} or to_dict(config)
         print(json.dumps(told, indent=2))
         return 0
-    if asked.resume and not config.folder.exists():
+    lost = not config.folder.exists() and not config.train.checkpoint_copy
+    if asked.resume and lost:
         raise UserError(f"name: --resume goes on with a run, and {config.folder} does not exist")
     if students:
         if seeds:
@@ -80,11 +81,11 @@ def _students(args: Sequence[str], asked: DistillConfig) -> dict[str, RunConfig]
     the command line."""
     found: dict[str, RunConfig] = {}
     for file in asked.students:
-        name, folder = Path(file).stem, str(asked.run.folder)
+        name, folder = Path(file).stem, asked.run.folder
         if name in found:
             raise UserError(f"students: two files are named {name}")
         told = _parsed(args, file).run
-        found[name] = dataclasses.replace(told, runs_dir=folder, name=name)
+        found[name] = _within(told, name, folder)
     return found
 
 
@@ -120,8 +121,12 @@ def _each(config: RunConfig, seeds: Sequence[int], resume: bool) -> int:
     """A run for each seed."""
     from engine.run import distill
     from engine.run_folder import check
+    from engine.train.checkpoint_copy import prepare
 
     runs = {seed: of_seed(config, seed) for seed in seeds}
+    if resume:
+        for run_ in runs.values():
+            prepare(run_, resume)
     begun = {seed for seed, run_ in runs.items() if resume and run_.folder.exists()}
     for seed, run_ in runs.items():  # before the first of them takes its hours
         check(run_, seed in begun)
@@ -149,7 +154,15 @@ def _each(config: RunConfig, seeds: Sequence[int], resume: bool) -> int:
 
 def of_seed(config: RunConfig, seed: int) -> RunConfig:
     """The run of one of several seeds."""
-    return dataclasses.replace(config, seed=seed, runs_dir=str(config.folder), name=f"seed-{seed}")
+    return _within(dataclasses.replace(config, seed=seed), f"seed-{seed}", config.folder)
+
+
+def _within(config: RunConfig, name: str, folder: Path) -> RunConfig:
+    """One of the runs of a folder, which is beside others in the copy, too."""
+    where = config.train.checkpoint_copy
+    copy = f"{where.removesuffix('/')}/{folder.name}" if where else ""
+    train = dataclasses.replace(config.train, checkpoint_copy=copy)
+    return dataclasses.replace(config, runs_dir=str(folder), name=name, train=train)
 
 
 def table(summary: Mapping[str, Any], deviation: Mapping[str, Any] | None = None) -> str:

@@ -1,7 +1,9 @@
 """Images and corpora that tests share. Real data comes from the folder PROMPTKD_DATA, if set."""
 
+import http.server
 import io
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+from servers import Bucket, serving
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("house")
@@ -90,3 +93,31 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The server of an S3 bucket, `labels`; the real client finds it."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'promptkd-engine[s3]'")
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+    running.daemon_threads = True
+    running.files, running.down = {}, False
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # an earlier one has another server
+    with serving(running):
+        yield running
+
+
+@pytest.fixture(params=["disk", "file", "memory", "s3"])
+def where(request, tmp_path):
+    """A place for files, not there yet, of each kind."""
+    if request.param == "s3":
+        request.getfixturevalue("bucket")
+        return "s3://labels/some/store"
+    url = f"memory://{uuid.uuid4().hex}/store"
+    return {"disk": f"{tmp_path}/x", "file": f"file://{tmp_path}/x", "memory": url}[request.param]

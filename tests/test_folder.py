@@ -1,15 +1,10 @@
 """Folders of files on disk, in memory, and in a bucket through its real client."""
 
-import http.server
 import importlib.util
-import re
-import uuid
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
 from recordings import assert_same, labelling, rows, targets
-from servers import serving
 
 from engine.config import UserError
 from engine.data.order import Blocks
@@ -18,88 +13,6 @@ from engine.labels.store import Store
 from engine.labels.targets import BlockView
 from engine.labels.upkeep import checked, holdings, needless
 from jobs import cli
-
-
-class Bucket(http.server.BaseHTTPRequestHandler):
-    """Of one S3 bucket, `labels`; the server has its files, and statuses to answer with first."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def handle_any(self) -> None:
-        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = urlsplit(self.path)
-        name, query = unquote(parts.path).removeprefix("/labels/"), parse_qs(parts.query)
-        files = self.server.files
-        if self.server.down:
-            self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
-        elif "list-type" in query:
-            self.list(query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
-        elif self.command == "PUT":
-            files[name] = sent
-            self.answer(200, ETag='"x"')
-        elif self.command == "DELETE":
-            files.pop(name, None)
-            self.answer(204)
-        elif name not in files:
-            self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
-        elif asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
-            body = files[name][int(asked[1]) : int(asked[2]) + 1]
-            span = f"bytes {asked[1]}-{int(asked[1]) + len(body) - 1}/{len(files[name])}"
-            self.answer(206, body, Content_Range=span, ETag='"x"')
-        else:
-            self.answer(200, files[name], ETag='"x"')
-
-    do_GET = do_HEAD = do_PUT = do_DELETE = handle_any
-
-    def list(self, prefix: str, delimiter: str) -> None:
-        found, folders = "", set()
-        for name, data in sorted(self.server.files.items()):
-            if name.startswith(prefix):
-                head, cut, _ = name[len(prefix) :].partition(delimiter or "\0")
-                if cut:
-                    folders.add(f"{prefix}{head}{cut}")
-                else:
-                    found += f"<Contents><Key>{name}</Key><Size>{len(data)}</Size></Contents>"
-        for folder in sorted(folders):
-            found += f"<CommonPrefixes><Prefix>{folder}</Prefix></CommonPrefixes>"
-        self.answer(200, f"<ListBucketResult>{found}</ListBucketResult>".encode())
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'promptkd-engine[s3]'")
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
-    running.daemon_threads = True
-    running.files, running.down = {}, False
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()  # an earlier one has another server
-    with serving(running):
-        yield running
-
-
-@pytest.fixture(params=["disk", "file", "memory", "s3"])
-def where(request, tmp_path):
-    if request.param == "s3":
-        request.getfixturevalue("bucket")
-        return "s3://labels/some/store"
-    url = f"memory://{uuid.uuid4().hex}/store"
-    return {"disk": f"{tmp_path}/x", "file": f"file://{tmp_path}/x", "memory": url}[request.param]
 
 
 def test_all_kinds_of_folder_do_the_same(where):

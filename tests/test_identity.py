@@ -17,6 +17,7 @@ from engine.train.worker import Task, work
 BACKBONE = "b" * 64
 # By which the same steps come to the same weights.
 FREE = {
+    "checkpoint_copy",
     "checkpoint_steps",
     "judge_images",
     "keep_every",

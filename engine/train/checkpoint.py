@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
@@ -32,6 +33,9 @@ from engine.train.checkpoint_files import FILES, Damaged
 from engine.train.health import Health
 from engine.train.identity import Identity
 from engine.train.ledger import Ledger
+
+if TYPE_CHECKING:
+    from engine.train.checkpoint_copy import CheckpointCopy
 
 __all__ = [
     "Checkpoint",
@@ -82,11 +86,12 @@ class Saver:
         keep_last: int,
         keep_every: int,
         require_held: Callable[[], None] = lambda: None,
+        copy: "CheckpointCopy | None" = None,
     ) -> None:
         """`require_held` is called before a checkpoint is committed, and raises where this process
-        is not to write any more."""
+        is not to write any more. `copy` gets what has been committed."""
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
-        self._require_held = require_held
+        self._require_held, self._copy = require_held, copy
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._coming: Future[None] | None = None
         self._failed: OSError | None = None  # the last save
@@ -124,6 +129,8 @@ class Saver:
             self._failed = error
         else:
             self._failed = None
+            if self._copy:
+                self._copy.put(checkpoint.step, self._require_held)
 
 
 def save(

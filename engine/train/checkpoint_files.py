@@ -25,6 +25,8 @@ from engine.json_text import parse_json
 
 __all__ = [
     "FILES",
+    "LATEST",
+    "MANIFEST",
     "Damaged",
     "commit",
     "path_of",
@@ -33,12 +35,13 @@ __all__ = [
     "read_json",
     "remove",
     "retain",
+    "step_of",
     "steps",
     "verify",
 ]
 
 FILES = ("student.safetensors", "optimizer.safetensors", "state.json")
-_MANIFEST, _LATEST = "manifest.json", "latest.json"
+MANIFEST, LATEST = "manifest.json", "latest.json"
 _FORMAT = 1
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 _LEFT_OVER = re.compile(rf"{_NAME.pattern}\.(tmp|old)")  # of a process that died
@@ -53,9 +56,15 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """Of a folder that is named as a checkpoint is."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
 def steps(folder: Path) -> list[int]:
     """Of the committed checkpoints, sound or not, the newest last."""
-    return sorted(int(name[1]) for name in map(_NAME.fullmatch, _entries(folder)) if name)
+    return sorted(step for step in map(step_of, _entries(folder)) if step is not None)
 
 
 # ------------------------------------------------------------ writing
@@ -84,7 +93,7 @@ def commit(
             told[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         assert told.keys() == {*FILES}
         manifest = {"format": _FORMAT, "step": step, "files": told}
-        durable.write(partial / _MANIFEST, _json(manifest | {"self": _digest(manifest)}))
+        durable.write(partial / MANIFEST, _json(manifest | {"self": _digest(manifest)}))
         durable.flush(partial)
         require_held()
         if final.exists():
@@ -101,9 +110,9 @@ def commit(
 def point(folder: Path, step: int | None) -> None:
     """Names the newest checkpoint; None: there is none any more."""
     if step is not None:
-        durable.replace(folder / _LATEST, _json({"step": step}))
-    elif (folder / _LATEST).exists():
-        os.unlink(folder / _LATEST)
+        durable.replace(folder / LATEST, _json({"step": step}))
+    elif (folder / LATEST).exists():
+        os.unlink(folder / LATEST)
         durable.flush(folder)
 
 
@@ -143,7 +152,7 @@ def _discard(path: Path) -> None:
 
 def pointed(folder: Path) -> int | None:
     """The step that `latest.json` names; None where there is no such file. Raises Damaged."""
-    file = folder / _LATEST
+    file = folder / LATEST
     if not os.path.lexists(file):
         return None
     step = read_json(file).get("step")
@@ -158,7 +167,7 @@ def verify(folder: Path, step: int) -> Path:
     if path.is_symlink() or not path.is_dir():
         raise Damaged(f"{path} is damaged: it is no folder")
     told = _manifest(path, step)
-    if strange := sorted({*_entries(path)} - {*FILES, _MANIFEST}):
+    if strange := sorted({*_entries(path)} - {*FILES, MANIFEST}):
         raise Damaged(f"{path / strange[0]} is damaged: it is no file of a checkpoint")
     for name in FILES:
         _verify_file(path / name, told[name]["bytes"], told[name]["sha256"])
@@ -189,12 +198,12 @@ def _verify_file(file: Path, size: int, sha256: str) -> None:
         except OSError as error:
             raise Damaged(f"{file} is damaged: {error.strerror}") from None
     if found != sha256:
-        raise Damaged(f"{file} is damaged: its sha256 is not that of {_MANIFEST}")
+        raise Damaged(f"{file} is damaged: its sha256 is not that of {MANIFEST}")
 
 
 def _manifest(path: Path, step: int) -> dict[str, Any]:
     """What it tells of FILES: `bytes` and `sha256` of each."""
-    file = path / _MANIFEST
+    file = path / MANIFEST
     manifest = read_json(file)
     if manifest.pop("self", None) != _digest(manifest):
         raise Damaged(f"{file} is damaged: it has not its own digest")

@@ -20,6 +20,7 @@ _FREE = (
     "checkpoint_steps",
     "keep_last",
     "keep_every",
+    "checkpoint_copy",
     "log_steps",
     "max_failures",
 )

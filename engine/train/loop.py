@@ -22,6 +22,7 @@ from engine.telemetry import GpuSampler, Recorder
 from engine.train.account import Account
 from engine.train.bad_numbers import require_finite
 from engine.train.checkpoint import Checkpoint, Saver
+from engine.train.checkpoint_copy import copy_of
 from engine.train.identity import Identity
 from engine.train.ledger import Ledger, Spoilt
 from engine.train.stops import Stop, Stopped, Stops
@@ -99,7 +100,8 @@ def train(
     memory_bytes = int(setting.data.memory_gb * 2**30)
     loader = Loader(setting.corpus, setting.decoder, works, memory_bytes, device=device)
     checkpoints, held = setting.folder / "checkpoints", setting.stops.require_held
-    saver = Saver(checkpoints, config.keep_last, config.keep_every, held)
+    copy = copy_of(config.checkpoint_copy, setting.folder)
+    saver = Saver(checkpoints, config.keep_last, config.keep_every, held, copy)
     # A collapse is not to cost more than a pass, where a pass is short.
     period = min(config.checkpoint_steps, max(order.steps, _SHORTEST_PERIOD))
     account = Account(start, order, config, setting.data, trainer.classes, device)
