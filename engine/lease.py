@@ -190,4 +190,4 @@ def _born(pid: int) -> str:
 
 
 def _named(told: dict[str, Any]) -> str:
-    return f"process {told['pid']} on {told['host']}" if told else "a driver that is starting"
+    return f"process {told['pid']} on {told['host']}" if told else "a driver that it does not name"

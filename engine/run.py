@@ -8,15 +8,17 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
 
 from engine import cluster, lease, run_folder
 from engine.announce import placement, recipe
 from engine.clip.class_vectors import ClassVectors, encode_classes
+from engine.clip.names import read_names
 from engine.clip.templates import read_templates
 from engine.clip.towers import Clip, load_clip
-from engine.config import RunConfig, absolute
+from engine.config import RunConfig, UserError, absolute
 from engine.labels.scaling import Pool
 from engine.outcome import Outcome, Summary, outcome_of, write_ledger
 from engine.preflight import check
@@ -157,6 +159,10 @@ def _with_old_classes(configs: dict[str, RunConfig]) -> dict[str, RunConfig]:
     files = [config.folder / "class_vectors.safetensors" for config in configs.values()]
     if not (found := [str(file) for file in files if file.exists()]):
         return configs
+    first = next(iter(configs.values())).classes
+    stored = ClassVectors.load(Path(found[0]), "name")
+    if not first.vectors and stored.names != read_names(first.names, repeats=first.repeats):
+        raise UserError(f"classes.names: {first.names} has not the classes that {found[0]} has")
     return {
         name: dataclasses.replace(
             config,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import durable
-from engine.config import Run, UserError, to_dict
+from engine.config import Run, RunConfig, UserError, absolute, to_dict
 from engine.json_text import parse_json
 from engine.train.identity import Identity
 
@@ -50,13 +50,15 @@ def check_free(run: Run) -> None:
         raise UserError(f"name: {folder} is no run folder: --overwrite will not remove it")
 
 
-def check(run: Run, resume: bool) -> None:
+def check(run: RunConfig, resume: bool) -> None:
     """Raises UserError where a run can neither go on in its folder, if it is to `resume`, nor be
-    begun there."""
+    begun there, as far as its config tells."""
     if resume and run.overwrite:
         raise UserError("overwrite: it removes the run that --resume goes on with; choose one")
     if resume and run.folder.exists():
         require_begun(run)
+        asked = Identity.asked(absolute(run))
+        asked.require(_identity(run).part(asked), f"name: {run.folder}")
     else:
         check_free(run)
 
@@ -64,7 +66,9 @@ def check(run: Run, resume: bool) -> None:
 def require_begun(run: Run) -> None:
     """Raises UserError where there is no run to go on with."""
     if not (run.folder / "config.json").exists():
-        raise UserError(f"name: --resume goes on with a run, and {run.folder} holds none")
+        raise UserError(
+            f"name: --resume goes on with a run, and {run.folder} holds none: it has no config.json"
+        )
 
 
 def ended(run: Run) -> dict[str, Any] | None:
@@ -76,7 +80,11 @@ def ended(run: Run) -> dict[str, Any] | None:
 def require_like(run: Run, identity: Identity) -> None:
     """Raises UserError where the folder's run was begun as one of another identity, or as none that
     can be gone on with."""
-    identity.require(Identity(_read(run.folder / _IDENTITY)), f"name: {run.folder}")
+    identity.require(_identity(run), f"name: {run.folder}")
+
+
+def _identity(run: Run) -> Identity:
+    return Identity(_read(run.folder / _IDENTITY))
 
 
 def create(run: Run, identity: Identity | None = None, **life: Any) -> Path:
@@ -85,7 +93,10 @@ def create(run: Run, identity: Identity | None = None, **life: Any) -> Path:
     """
     folder, now = run.folder, time.time_ns()
     made, old = (folder.with_name(f"{folder.name}.{now}.{kind}") for kind in ("new", "old"))
-    made.mkdir(parents=True)
+    try:
+        made.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"runs_dir: {folder} cannot be made: {error.strerror}") from None
     first = _life(**life)
     about = {"versions": first["versions"], "git_sha": first["git_sha"], "lives": [first]}
     if identity:

@@ -288,7 +288,7 @@ def test_training_draws_no_random_numbers(ran, trainable):
 def test_a_run_whose_last_checkpoint_cannot_be_written_fails_on_all_workers(ran):
     folder, errors = ran
     one, other = (told["disk full"] for told in errors)
-    assert one == other and "the last checkpoint could not be written" in one
+    assert one == other and "the last checkpoint could not be written to" in one
     assert "File too large" in one
     assert len(workers.records(folder / "disk full")) == 9, "it went on to its end"
     assert checkpoint.load_latest(folder / "disk full" / "checkpoints") is None

@@ -15,9 +15,10 @@ from workers import losses, models, records
 
 from engine import lease, run_folder
 from engine.clip.bundle import Bundle
-from engine.config import UserError, to_dict
+from engine.config import UserError, absolute, to_dict
 from engine.run import distill
 from engine.train import checkpoint
+from engine.train.identity import Identity
 from jobs import cli
 
 STEPS = 9
@@ -165,8 +166,13 @@ def test_what_cannot_be_resumed_is_told(domain, tmp_path, capsys):
     assert "does not exist" in complaint("--seeds", "1,2")
     folder = tmp_path / "run"
     folder.mkdir()
-    assert "holds none" in complaint()
+    assert "holds none: it has no config.json" in complaint()
     run_folder.write(folder / "config.json", {})
+    assert "identity.json is missing" in complaint()
+    (folder / "identity.json").write_text("{")
+    assert "identity.json is damaged" in complaint()
+    asked = Identity.asked(absolute(config_of(domain, tmp_path, "run")))
+    run_folder.write(folder / "identity.json", asked.settings)
     assert "overwrite: it removes the run that --resume goes on with" in complaint("--overwrite")
     mine = lease.take(folder)
     assert "is alive; end it first" in complaint()
@@ -209,10 +215,16 @@ def test_a_run_goes_on_from_its_folder_and_an_ended_one_does_not(
     kinds = [json.loads(line)["kind"] for line in open(folder / "metrics.jsonl")]
     assert kinds.count("resumed") == 1 and kinds[0] != "resumed"
 
-    (folder / "summary.json").unlink()
-    assert cli.main(["distill", run, "--resume", "--seed", "5", "--train.lr", "1e-3"]) == 2
-    said = capsys.readouterr().err
-    assert "seed: 5 here, 1 there" in said and "train.lr: 0.001 here, 0.002 there" in said
+    words = ["--seed", "5", "--train.lr", "1e-3"]
+    for _ in range(2):  # of a run that has ended, and of one that has not
+        assert cli.main(["distill", run, "--resume", *words]) == 2
+        said = capsys.readouterr().err
+        assert "seed: 5 here, 1 there" in said and "train.lr: 0.001 here, 0.002 there" in said
+        (folder / "summary.json").unlink(missing_ok=True)
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"class {n}\n" for n in range(48)))
+    assert cli.main(["distill", run, "--resume", "--classes.names", str(other)]) == 2
+    assert f"{other} has not the classes that {folder}" in capsys.readouterr().err
     with pytest.raises(UserError, match="exists already"):
         distill(config_of(domain, tmp_path, "run"))
 

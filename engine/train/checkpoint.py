@@ -90,7 +90,7 @@ class Saver:
     ) -> None:
         """`require_held` is called before a checkpoint is committed, and raises where this process
         is not to write any more. `copy` gets what has been committed."""
-        self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
+        self.folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
         self._require_held, self._copy = require_held, copy
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._coming: Future[None] | None = None
@@ -118,12 +118,12 @@ class Saver:
 
     def _save(self, checkpoint: Checkpoint) -> None:
         try:
-            save(self._folder, checkpoint, self._keep_last, self._keep_every, self._require_held)
+            save(self.folder, checkpoint, self._keep_last, self._keep_every, self._require_held)
         except OSError as error:  # it is no checkpoint then, and the run goes on
             if not self._failed:
                 say(
                     f"warning: the checkpoint of step {checkpoint.step} could not be written to "
-                    f"{self._folder}: {error}. Those before it are there; training goes on, and "
+                    f"{self.folder}: {error}. Those before it are there; training goes on, and "
                     "the next one is a new try"
                 )
             self._failed = error

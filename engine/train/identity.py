@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ class Identity:
     that starts, and how it learns. World size, ZeRO stage, offloading, and who computes the labels
     are not among it: they change no more than how numbers are rounded."""
 
-    settings: Mapping[str, Any]  # JSON values, by dotted field
+    settings: dict[str, Any]  # JSON values, by dotted field
 
     @classmethod
     def of(cls, config: RunConfig, labelling: Labelling, backbone: str, source: str) -> "Identity":
@@ -40,25 +39,36 @@ class Identity:
         is the fingerprint of the student's CLIP, whose frozen weights no checkpoint holds."""
         names = "\n".join(labelling.class_names)
         labels = asdict(labelling) | {"class_names": hashlib.sha256(names.encode()).hexdigest()}
+        told = {
+            "student.weights": backbone,
+            "student.precision": config.student.precision,
+            "targets.source": "synthetic" if source == "synthetic" else "teachers",
+        }
+        told |= {f"labelling.{name}": value for name, value in labels.items()}
+        return cls(cls.asked(config).settings | json.loads(json.dumps(told)))
+
+    @classmethod
+    def asked(cls, config: RunConfig) -> "Identity":
+        """The part that a config of absolute paths tells by itself, before anything is loaded."""
         student = config.student
-        train = {name: value for name, value in asdict(config.train).items() if name not in _FREE}
         told = {
             "seed": config.seed,
             "corpus.lanes": config.corpus.lanes,
             "corpus.window_blocks": config.corpus.window_blocks,
             "classes.template": config.classes.template,  # of class vectors that are made
             "student.model": student.model,
-            "student.weights": backbone,
-            "student.precision": student.precision,
             "student.trainable": student.trainable,
             "student.prompts": student.prompts,
             "student.depth": student.depth,
             "student.projector_width": student.projector_width,
-            "targets.source": "synthetic" if source == "synthetic" else "teachers",
         }
-        told |= {f"labelling.{name}": value for name, value in labels.items()}
+        train = {name: value for name, value in asdict(config.train).items() if name not in _FREE}
         told |= {f"train.{name}": value for name, value in train.items()}
         return cls(json.loads(json.dumps(told)))
+
+    def part(self, other: "Identity") -> "Identity":
+        """What this one says of the fields of `other`."""
+        return Identity({name: self.settings.get(name) for name in other.settings})
 
     def differences(self, other: "Identity") -> list[str]:
         """One line for each field in which `other` differs from this one."""

@@ -201,7 +201,8 @@ def merged(ledger: Ledger) -> Ledger:
 def _require_saved(saver: Saver) -> None:
     """Waits for the last checkpoint. All workers raise RunFailed where it could not be written."""
     failure = saver.failure()
-    told = [f"the last checkpoint could not be written: {failure}" if failure else ""]
+    where = f"the last checkpoint could not be written to {saver.folder}"
+    told = [f"{where}: {failure}" if failure else ""]
     dist.broadcast_object_list(told)
     if told[0]:
         raise RunFailed(told[0])
