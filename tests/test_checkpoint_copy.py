@@ -428,6 +428,7 @@ def go_on(rank: int, world: int, runs: str, changes: dict[str, Any]) -> dict[str
     return life(rank, world, runs, changes)
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_is_lost_goes_on_from_the_copy_bit_by_bit(
     corpus_folder, bucket, tmp_path
 ):
@@ -457,6 +458,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_copy_bit_by_bit(
     assert sorted(copied("s3://labels/copies"))[-1] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_command_goes_on_from_the_copy(local_ray, tmp_path, capsys):
     domain, where = write_domain(tmp_path / "domain"), tmp_path / "copy"

@@ -114,6 +114,7 @@ def test_a_worker_told_to_leave_has_all_stop_at_one_step(undisturbed, changes, t
         assert Counter(map(str, ours[step])) == Counter(map(str, trained)), "none lost or repeated"
 
 
+@pytest.mark.slow
 def test_workers_that_have_lost_the_run_write_nothing_more(changes, tmp_path):
     (tmp_path / "run").mkdir()
     mine = lease.take(tmp_path / "run")
@@ -229,6 +230,7 @@ def test_a_run_goes_on_from_its_folder_and_an_ended_one_does_not(
         distill(config_of(domain, tmp_path, "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_without_a_checkpoint_begins_anew_and_says_so(domain, local_ray, tmp_path, capsys):
     config = config_of(domain, tmp_path, "run", "--train.passes", "1")
