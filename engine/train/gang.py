@@ -1,5 +1,6 @@
 """The student workers as a Ray Train job: placement, restarts, and a worker in each process."""
 
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import psutil
 import ray
+import ray.exceptions
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
@@ -58,12 +60,31 @@ def run_gang(task: Task) -> dict[str, Any]:
 
     A worker that does not answer Ray for as long as allow_silence() says has failed: it is stopped,
     or hangs. One that answers has `student.timeout_s` beyond `targets.timeout_s` to join the others
-    in a collective.
+    in a collective. Ray Train restarts all where one has failed; here they are started again where
+    its controller has, which may lie on another node, or where workers cannot form a group.
 
-    Raises UserError or RunFailed once workers have failed more often than allowed.
+    Raises UserError or RunFailed once they have failed more often than allowed.
     """
     config = task.config
-    trainer = TorchTrainer(
+    for times in itertools.count(1):
+        try:
+            return _trainer(task).fit().return_value
+        except SystemExit:  # what Ray Train makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        except (ray.train.ControllerError, ray.exceptions.RayActorError) as failure:
+            if 0 <= config.train.max_failures < times:
+                raise _plain(failure, config.folder / "failure.txt") from failure
+            say(
+                f"warning: starting all student workers again, as Ray Train failed: {_last(failure)}"
+            )
+        except ray.train.TrainingFailedError as failure:
+            raise _plain(failure, config.folder / "failure.txt") from failure
+    raise AssertionError
+
+
+def _trainer(task: Task) -> TorchTrainer:
+    config = task.config
+    return TorchTrainer(
         _work,
         train_loop_config={"task": task},
         torch_config=_Torch(
@@ -81,28 +102,26 @@ def run_gang(task: Task) -> dict[str, Any]:
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
         ),
     )
-    try:
-        return trainer.fit().return_value
-    except SystemExit:  # what Ray Train makes of Ctrl-C
-        raise KeyboardInterrupt from None
-    except ray.train.TrainingFailedError as failure:
-        raise _plain(failure, config.folder / "failure.txt") from failure
 
 
-def _plain(failure: ray.train.TrainingFailedError, story: Path) -> Exception:
+def _plain(failure: Exception, story: Path) -> Exception:
     """The worker's own error, without Ray Train's wrapping; its tracebacks go to file `story`."""
     try:
         story.write_text(f"{failure}\n")
     except OSError as full:
         say(f"warning: {story} cannot be written: {full}")
     if not isinstance(failure, ray.train.WorkerGroupError):
-        why = str(failure).strip().rpartition("\n")[2]
-        return RunFailed(f"Ray Train failed: {why} ({story} tells how)")
+        return RunFailed(f"Ray Train failed: {_last(failure)} ({story} tells how)")
     rank, error = min(failure.worker_failures.items(), key=lambda item: _blame(*item))
     if isinstance(error, UserError):
         return error
     why = f"{type(error).__name__}: {error}"
     return RunFailed(f"student worker {rank} failed: {why} ({story} tells where)")
+
+
+def _last(failure: Exception) -> str:
+    """The last line of a long story, and the first sentence of that."""
+    return str(failure).strip().rpartition("\n")[2].partition(". ")[0]
 
 
 def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:
