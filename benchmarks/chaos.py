@@ -10,10 +10,10 @@ the last bit, of a run that nobody disturbed. Kinds of blows:
 - students: kill -9 of all student workers at once
 - stopped: SIGSTOP of one student worker, which `student.timeout_s` (here 5 s) finds
 - roster: kill -9 of the actor that knows the teachers
-- controller: kill -9 of Ray Train's
 - driver: kill -9 of the driver, whose run is resumed as soon as its processes are gone
 - drained: SIGTERM to the driver, whose run is resumed once it has ended
-- head: kill -9 of Ray's GCS, whose driver is killed too if it does not end by itself in a minute
+- controller, head: kill -9 of Ray Train's controller, or of Ray's GCS, with which the run ends; its
+  driver is killed too if it has not ended by itself in 90 s, and the run is resumed
 
 Recovery is the longest time without a step that the run had never done before, from a blow on;
 models of 4 layers on two cores: most of it are Python's imports. With `--goodput HOURS` the run is
@@ -138,11 +138,11 @@ class Run:
 
     def gone_after(self, blow: Callable[[], None]) -> int:
         """Waits, after a blow, until its driver and all that it had started are gone; the driver is
-        killed if it stays for more than a minute. Gives its exit code."""
+        killed if it stays for more than 90 s. Gives its exit code."""
         everyone = self._all()
         blow()
         try:
-            code = self.driver.wait(60)
+            code = self.driver.wait(90)
         except psutil.TimeoutExpired:
             self.driver.kill()
             code = self.driver.wait()
@@ -184,7 +184,7 @@ def strike(run: Run, kind: str, draw: random.Random) -> bool:
             if (code := run.gone_after(run.driver.terminate)) not in (0, 143):
                 raise SystemExit(f"drained with {code}")
             run.start()
-        case "head":
+        case "head" | "controller":
             if not (found := run.processes(kind)):
                 return False
             run.gone_after(found[0].kill)

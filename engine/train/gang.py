@@ -61,24 +61,24 @@ def run_gang(task: Task) -> dict[str, Any]:
     A worker that does not answer Ray for as long as allow_silence() says has failed: it is stopped,
     or hangs. One that answers has `student.timeout_s` beyond `targets.timeout_s` to join the others
     in a collective. Ray Train restarts all where one has failed; here they are started again where
-    its controller has, which may lie on another node, or where workers cannot form a group.
+    they could not form a group.
 
-    Raises UserError or RunFailed once they have failed more often than allowed.
+    Raises UserError or RunFailed once they have failed more often than allowed, or where Ray Train
+    itself has: a controller that dies leaves its placement group behind, and nobody can name it.
     """
     config = task.config
+    story = config.folder / "failure.txt"
     for times in itertools.count(1):
         try:
             return _trainer(task).fit().return_value
         except SystemExit:  # what Ray Train makes of Ctrl-C
             raise KeyboardInterrupt from None
-        except (ray.train.ControllerError, ray.exceptions.RayActorError) as failure:
+        except ray.train.ControllerError as failure:
             if 0 <= config.train.max_failures < times:
-                raise _plain(failure, config.folder / "failure.txt") from failure
-            say(
-                f"warning: starting all student workers again, as Ray Train failed: {_last(failure)}"
-            )
-        except ray.train.TrainingFailedError as failure:
-            raise _plain(failure, config.folder / "failure.txt") from failure
+                raise _plain(failure, story) from failure
+            say(f"warning: Ray Train failed: {_last(failure)}; starting the workers again")
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
+            raise _plain(failure, story) from failure
     raise AssertionError
 
 
@@ -111,7 +111,8 @@ def _plain(failure: Exception, story: Path) -> Exception:
     except OSError as full:
         say(f"warning: {story} cannot be written: {full}")
     if not isinstance(failure, ray.train.WorkerGroupError):
-        return RunFailed(f"Ray Train failed: {_last(failure)} ({story} tells how)")
+        why = f"{_last(failure)} ({story} tells how)"
+        return RunFailed(f"Ray Train failed: {why}; --resume goes on from the newest checkpoint")
     rank, error = min(failure.worker_failures.items(), key=lambda item: _blame(*item))
     if isinstance(error, UserError):
         return error
