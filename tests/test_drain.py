@@ -206,13 +206,15 @@ def test_workers_that_are_killed_at_once_or_hang_are_replaced(start, signal_, so
     assert sorted(set(run.steps())) == list(range(1, 61))
 
 
-def test_a_run_outlives_the_head_of_its_cluster(domain, start, local_ray):
+@pytest.mark.parametrize("who", ("gcs_server", "ray::TrainController"))
+def test_a_run_outlives_the_head_of_its_cluster_and_its_controller(domain, start, local_ray, who):
     run = start("--train.passes", "6")
     run.until_step(7)
     processes = run.processes()
-    (head,) = (one for one in processes if "gcs_server" in one.cmdline()[0])
+    (head,) = (one for one in processes if who in one.cmdline()[0])
     head.kill()
     assert run.ended(120) == 1, run.said()
+    assert who == "gcs_server" or "--resume goes on from the newest checkpoint" in run.said()
     all_gone(processes, 60)
     distill(run.config, resume=True)
     assert run.told("ledger")["pending"] == 0
