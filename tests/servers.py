@@ -32,19 +32,9 @@ def serving_files(folder: Path) -> Iterator[str]:
             pass
 
         def do_GET(self) -> None:
-            file = folder / self.path.lstrip("/")
-            if not file.is_file():
-                self.send_error(404)
-                return
-            data = file.read_bytes()
-            low, high = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
-            body = data[low : high + 1]
-            self.send_response(206)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Content-Range", f"bytes {low}-{low + len(body) - 1}/{len(data)}")
-            self.send_header("ETag", f'"{file.stat().st_mtime_ns}"')
-            self.end_headers()
-            self.wfile.write(body)
+            body = begin_range(self, folder / self.path.lstrip("/"))
+            if body is not None:
+                self.wfile.write(body)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
@@ -52,8 +42,25 @@ def serving_files(folder: Path) -> Iterator[str]:
         yield f"127.0.0.1:{server.server_port}"
 
 
-class Bucket(http.server.BaseHTTPRequestHandler):
-    """Of one S3 bucket, `labels`; the server has its files, and statuses to answer with first."""
+def begin_range(handler: http.server.BaseHTTPRequestHandler, file: Path) -> bytes | None:
+    """Sends the head of an answer to a request for a range of a file; gives the body that is to
+    follow, None after a 404."""
+    if not file.is_file():
+        handler.send_error(404)
+        return None
+    data = file.read_bytes()
+    low, high = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers["Range"]).groups())
+    body = data[low : high + 1]
+    handler.send_response(206)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.send_header("Content-Range", f"bytes {low}-{low + len(body) - 1}/{len(data)}")
+    handler.send_header("ETag", f'"{file.stat().st_mtime_ns}"')
+    handler.end_headers()
+    return body
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Answers with a status and a body at once, and logs nothing."""
 
     protocol_version = "HTTP/1.1"
 
@@ -67,6 +74,10 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+class Bucket(Answering):
+    """Of one S3 bucket, `labels`; the server has its files, and statuses to answer with first."""
 
     def handle_any(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec
 import pytest
-from servers import serving
+from servers import Answering, serving
 
 from engine.config import UserError
 from engine.data import storage as storage_module
@@ -25,20 +25,7 @@ def server():
     """A server of one S3 bucket, `shards`, and one data set of the Hub, `who/what`. Its `files`
     may be changed; `faults` are statuses of the next answers; `asked` has all requests."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
+    class Handler(Answering):
         def do_HEAD(self) -> None:
             self.do_GET()
 

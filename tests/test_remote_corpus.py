@@ -2,13 +2,13 @@
 
 import http.server
 import random
-import re
 import shutil
 import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
+from servers import begin_range
 
 from engine.config import UserError
 from engine.data import storage as storage_module
@@ -54,18 +54,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.about.requests += 1
-        file = self.about.folder / self.path.lstrip("/")
-        if not file.is_file():
-            self.send_error(404)
+        body = begin_range(self, self.about.folder / self.path.lstrip("/"))
+        if body is None:
             return
-        data = file.read_bytes()
-        low, high = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
-        body = data[low : high + 1]
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Range", f"bytes {low}-{low + len(body) - 1}/{len(data)}")
-        self.send_header("ETag", f'"{file.stat().st_mtime_ns}"')
-        self.end_headers()
         if self.about.dice.random() < self.about.faults:
             self.wfile.write(body[: len(body) // 2])
             self.close_connection = True
