@@ -25,6 +25,7 @@ FLOORS = (
 PLACES = {
     "open_clip": (
         "engine/clip/towers.py",
+        "engine/clip/layers.py",
         "engine/clip/text.py",
         "engine/clip/weights.py",
         "engine/clip/templates.py",

@@ -13,8 +13,10 @@ import open_clip
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine.clip.archive import is_archive, read_archive
+from engine.clip.layers import Layer, Tricks, fp32_norm
 from engine.clip.learned import LearnedPrompts, read_prompts
 from engine.clip.text import TextTower, plain_text
 from engine.clip.weights import LOCAL, check_weights, local_config
@@ -25,6 +27,7 @@ __all__ = [
     "DTYPES",
     "Clip",
     "ImageTower",
+    "PatchEmbedding",
     "folded",
     "half_precision",
     "load_clip",
@@ -50,11 +53,12 @@ class ImageTower(nn.Module):
         self.layers = len(visual.transformer.resblocks)
         self.embed_dim = int(visual.output_dim)
         self.mean, self.std = tuple(mean), tuple(std)
+        self.tricks = Tricks()
         self.patch = folded(visual.conv1.weight, mean, std)
         self.class_embedding = visual.class_embedding
         self.positional_embedding = visual.positional_embedding
         self.ln_pre = visual.ln_pre
-        self.blocks = visual.transformer.resblocks
+        self.blocks = nn.ModuleList(Layer(block) for block in visual.transformer.resblocks)
         self.ln_post = visual.ln_post
         self.proj = visual.proj
         self.requires_grad_(False).eval()
@@ -70,29 +74,52 @@ class ImageTower(nn.Module):
         patch tokens, without positional embedding and before `ln_pre`; those of layer i < K replace
         the prompts' outputs of layer i - 1 (PromptKD, section 3.3).
         """
-        x = self.patch(images_BCHW.to(self.dtype)).flatten(2).transpose(1, 2)
-        batch = x.shape[0]  # len() would fix it where the model is exported
-        x = torch.cat([self.class_embedding.expand(batch, 1, -1), x], dim=1)
-        x = x + self.positional_embedding
+        x = self.ln_pre(self._embedded(images_BCHW))
+        batch, tokens = x.shape[:2]  # len() would fix it where the model is exported
         depth = 0 if prompts_KPC is None else len(prompts_KPC)
-        for i, block in enumerate(self.blocks):
+        last = self.layers - 1
+        for i, layer in enumerate(self.blocks):
+            prompts_PC = None
             if prompts_KPC is not None and i < depth:
-                # Widened before it is cast: so its gradient is summed over the images in fp32.
-                prompts = prompts_KPC[i].expand(batch, -1, -1).to(x.dtype)
-                kept = x if i == 0 else x[:, : -prompts.shape[1]]
-                x = torch.cat([kept, prompts], dim=1)
-            x = block(self.ln_pre(x) if i == 0 else x)
+                prompts_PC = prompts_KPC[i] if i else fp32_norm(self.ln_pre, prompts_KPC[0])
+                replaced = i + 1 < depth or i == last
+                if not (replaced and self.tricks.prompts_once):
+                    # Widened before it is cast: so its gradient is summed over the images in fp32.
+                    prompts_BPC = prompts_PC.expand(batch, -1, -1).to(x.dtype)
+                    x, prompts_PC = torch.cat([x[:, :tokens], prompts_BPC], dim=1), None
+            x = layer(x, prompts_PC, self.tricks.class_token and i == last, self.tricks.silu)
         return self.ln_post(x[:, 0]) @ self.proj
 
+    def _embedded(self, images_BCHW: Tensor) -> Tensor:
+        """Tokens [B, L, C]: the class token, and patches in rows."""
+        x = self.patch(images_BCHW, self.tricks.patch_product)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+        return x + self.positional_embedding
 
-def folded(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> nn.Conv2d:
+
+class PatchEmbedding(nn.Conv2d):
+    """CLIP's first layer: a convolution whose steps are as long as its kernel."""
+
+    def __init__(self, width: int, side: int, bias: bool = True) -> None:
+        super().__init__(3, width, side, stride=side, bias=bias)
+
+    def forward(self, images_BCHW: Tensor, product: bool = True) -> Tensor:
+        """Patches [B, L, C], by one matrix `product` or by a convolution."""
+        if not product:
+            return super().forward(images_BCHW.to(self.weight.dtype)).flatten(2).transpose(1, 2)
+        side = self.kernel_size[0]
+        patches = images_BCHW.unfold(2, side, side).unfold(3, side, side)
+        patches_BLX = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches_BLX.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+def folded(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> PatchEmbedding:
     """The patch embedding of raw pixels, fp32, from the weight of that of normalised ones."""
     exact = weight.detach().double()
     mean_3, std_3 = (exact.new_tensor(values) for values in (mean, std))
     scaled = exact / (255 * std_3).view(1, 3, 1, 1)
     shift = -(exact * (mean_3 / std_3).view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
-    side = weight.shape[-1]
-    patch = nn.Conv2d(3, len(weight), side, stride=side)
+    patch = PatchEmbedding(len(weight), weight.shape[-1])
     patch.weight = nn.Parameter(scaled.float())
     patch.bias = nn.Parameter(shift.float())
     return patch

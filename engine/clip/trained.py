@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.clip.towers import Clip, ImageTower, folded
+from engine.clip.towers import Clip, ImageTower, PatchEmbedding, folded
 
 __all__ = ["TrainedTower", "open_clip_weights", "with_weights"]
 
@@ -45,21 +45,20 @@ class TrainedTower(ImageTower):
             return super().forward(images_BCHW, prompts_KPC)
 
 
-class _Patch(nn.Conv2d):
+class _Patch(PatchEmbedding):
     """CLIP's patch embedding, which normalises raw pixels first."""
 
     mean_C11: Tensor
     std_C11: Tensor
 
     def __init__(self, weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-        side = weight.shape[-1]
-        super().__init__(3, len(weight), side, stride=side, bias=False)
+        super().__init__(len(weight), weight.shape[-1], bias=False)
         self.weight = nn.Parameter(weight.detach().clone())
         for name, values in (("mean_C11", mean), ("std_C11", std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward((input / 255 - self.mean_C11) / self.std_C11)
+    def forward(self, images_BCHW: Tensor, product: bool = True) -> Tensor:
+        return super().forward((images_BCHW / 255 - self.mean_C11) / self.std_C11, product)
 
 
 def with_weights(clip: Clip, weights: Mapping[str, Tensor]) -> ImageTower:

@@ -18,6 +18,7 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.clip.layers import Layer
 from engine.clip.prompts import PromptedTower
 from engine.config import TrainConfig
 from engine.labels.targets import Targets, on_device
@@ -63,8 +64,8 @@ class StudentTrainer:
         for param in params:
             param.register_hook(self._keep_finite)
         _no_cpp_ops()
-        # Its forward reads a weight of a part that it does not call; so all are gathered for it.
-        set_z3_leaf_modules(student, [torch.nn.MultiheadAttention], raise_if_not_found=False)
+        # They read weights of parts that they do not call; so all are gathered for them.
+        set_z3_leaf_modules(student, [Layer], raise_if_not_found=False)
         self.engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=_optimizer(params, config),

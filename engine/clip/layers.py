@@ -1,0 +1,91 @@
+"""The layers of a CLIP image tower, without work that nobody reads.
+
+Letters: B images, L tokens, P prompts, C tower width, H heads.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Layer", "Tricks", "fp32_norm"]
+
+
+class Tricks(NamedTuple):
+    """What a tower does otherwise than open_clip's does. All are exact: features and gradients
+    differ by rounding alone."""
+
+    class_token: bool = True
+    """The last layer computes what is read of it, which is the class token."""
+    prompts_once: bool = True
+    """Prompts that the next layer replaces have keys and values alone, once for all images."""
+    patch_product: bool = True
+    """Patches are embedded by one matrix product."""
+    silu: bool = True
+    """QuickGELU by SiLU, which is one kernel and keeps one tensor for backward."""
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer, around the parts of open_clip's, whose names it keeps."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.heads = int(block.attn.num_heads)
+        self.ln_1, self.attn, self.ls_1 = block.ln_1, block.attn, block.ls_1
+        self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        prompts_PC: Tensor | None = None,
+        first: bool = False,
+        silu: bool = True,
+    ) -> Tensor:
+        """The layer's output for the tokens of x, or for the `first` of them alone. All attend to
+        `prompts_PC`, fp32, too."""
+        h_BLC = self.ln_1(x_BLC)
+        if first:
+            x_BLC = x_BLC[:, :1]
+            q_BLC = self._projected(h_BLC[:, :1], 0, 1)
+            k_BLC, v_BLC = self._projected(h_BLC, 1, 3).chunk(2, dim=-1)
+        else:
+            q_BLC, k_BLC, v_BLC = self._projected(h_BLC, 0, 3).chunk(3, dim=-1)
+        if prompts_PC is not None:
+            k_PC, v_PC = self._keys_values(prompts_PC).chunk(2, dim=-1)
+            k_BLC, v_BLC = _with(k_BLC, k_PC), _with(v_BLC, v_PC)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q_BLC, k_BLC, v_BLC))
+        attended_BLC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x_BLC = x_BLC + self.ls_1(self.attn.out_proj(attended_BLC))
+        return x_BLC + self.ls_2(self._mlp(self.ln_2(x_BLC), silu))
+
+    def _projected(self, h: Tensor, start: int, stop: int) -> Tensor:
+        """Queries (part 0), keys (1) and values (2), one beside the other."""
+        rows = slice(start * h.shape[-1], stop * h.shape[-1])
+        return F.linear(h, self.attn.in_proj_weight[rows], self.attn.in_proj_bias[rows])
+
+    def _keys_values(self, prompts_PC: Tensor) -> Tensor:
+        """[P, 2C] fp32, whatever the tower is: their gradient is a sum over all images."""
+        width = prompts_PC.shape[-1]
+        with torch.autocast(prompts_PC.device.type, enabled=False):
+            weight, bias = self.attn.in_proj_weight[width:], self.attn.in_proj_bias[width:]
+            return F.linear(fp32_norm(self.ln_1, prompts_PC), weight.float(), bias.float())
+
+    def _mlp(self, h: Tensor, silu: bool) -> Tensor:
+        if not (silu and isinstance(self.mlp.gelu, QuickGELU)):
+            return self.mlp(h)
+        return self.mlp.c_proj(F.silu(1.702 * self.mlp.c_fc(h)) / 1.702)
+
+
+def fp32_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """A layer norm of any precision, in fp32."""
+    if not isinstance(norm, nn.LayerNorm):  # some towers have none in places
+        return norm(x)
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _with(x_BLC: Tensor, prompts_PC: Tensor) -> Tensor:
+    # Widened before it is cast: so its gradient is summed over the images in fp32.
+    return torch.cat([x_BLC, prompts_PC.expand(len(x_BLC), -1, -1).to(x_BLC.dtype)], dim=1)
