@@ -4,9 +4,18 @@ It imports next to nothing, so that its process starts at once and stays small.
 """
 
 import time
-from typing import Any
+import uuid
+from typing import Any, NamedTuple
 
-__all__ = ["Roster"]
+__all__ = ["News", "Roster"]
+
+
+class News(NamedTuple):
+    """What the roster tells a student worker."""
+
+    version: str  # of the list of teachers
+    teachers: list[Any] | None  # to ask; None: those that it knows
+    trouble: str  # why there will be none
 
 
 class Roster:
@@ -15,22 +24,28 @@ class Roster:
 
     def __init__(self) -> None:
         self._teachers: list[Any] = []
+        self._version = uuid.uuid4().hex  # another one after a restart
         self._trouble = ""
         self._assignment: tuple[Any, ...] = ()
         self._reports: dict[str, tuple[float, dict[str, float]]] = {}
 
     def set(self, teachers: list[Any], trouble: str, assignment: tuple[Any, ...]) -> None:
         """`assignment` is a reference to what teachers are to do."""
-        self._teachers, self._trouble, self._assignment = teachers, trouble, assignment
+        if teachers != self._teachers:
+            self._teachers, self._version = teachers, uuid.uuid4().hex
+        self._trouble, self._assignment = trouble, assignment
 
     def assignment(self) -> tuple[Any, ...]:
         return self._assignment
 
-    def report(self, who: str, numbers: dict[str, float]) -> tuple[list[Any], str]:
-        """Takes a student worker's numbers; gives the teachers to ask, and why there will be
-        none."""
+    def report(self, who: str, numbers: dict[str, float], seen: str) -> News:
+        """Takes a student worker's numbers; `seen` is the version of the teachers that it knows.
+
+        Only a list that it does not know is sent: all workers report all the time, and the handle
+        of a teacher is a kilobyte."""
         self._reports[who] = time.monotonic(), numbers
-        return self._teachers, self._trouble
+        known = seen == self._version
+        return News(self._version, None if known else self._teachers, self._trouble)
 
     def reports(self) -> dict[str, tuple[float, dict[str, float]]]:
         """By worker: the age of its report in seconds, and its numbers."""

@@ -8,7 +8,6 @@ the first will do.
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,8 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from engine.data.loader import Batch
 from engine.data.order import Blocks
+from engine.labels.choice import Choice
+from engine.labels.roster import News
 from engine.labels.targets import (
     BlockView,
     Form,
@@ -36,7 +37,6 @@ _TRIES = 3  # requests of a label that a teacher answers with an error
 _REPORT_S = 2.0  # between reports to the roster
 _LATE_S, _LATE = 5.0, 10.0  # a label is late after so long, and so many times the usual time
 _EACH = 4  # requests outstanding for each teacher, over all workers, unless told otherwise
-_SMOOTH, _SLOWEST = 0.7, 4.0  # of the past in a teacher's pace; the most it counts for, as a ratio
 
 
 class _Asked(NamedTuple):
@@ -75,7 +75,8 @@ class StreamSource:
         shared: bool,
     ) -> None:
         self.waited_s = 0.0
-        self._roster, self._who, self._shared = roster, who, shared
+        self._roster, self._who = roster, who
+        self._choice = Choice[ActorHandle](who, lambda one: one._actor_id.hex(), shared)
         self._fingerprints, self._blocks = fingerprints, blocks
         self._form, self._width, self._device = form, width, device
         self._told_outstanding, self._workers, self._timeout_s = outstanding, workers, timeout_s
@@ -88,15 +89,13 @@ class StreamSource:
         self._failed: dict[BlockView, list[ActorHandle]] = {}  # who has failed to label it
         self._given_up: dict[BlockView, str] = {}  # and why
         self._took_s: deque[float] = deque(maxlen=32)
-        self._pace_s: dict[ActorHandle, float] = {}  # of a teacher, for a block, as it seems here
-        self._turns: dict[ActorHandle, int] = {}  # when each was asked last
         self._answered = self._again = self._bytes = 0
         self._lost_kl = 0.0
-        self._turn = 0
         self._reported_s = 0.0
         self._report: ray.ObjectRef | None = None
-        self._teachers: list[ActorHandle]
-        self._teachers, self._trouble = ray.get(roster.report.remote(who, {}))
+        self._teachers: list[ActorHandle] = []
+        self._seen = ""  # which list of teachers
+        self._hear(ray.get(roster.report.remote(who, {}, self._seen)))
 
     def request(self, wanted: Sequence[BlockView]) -> None:
         known = {*self._queue, *self._kept, *(asked.wanted for asked in self._asked.values())}
@@ -177,24 +176,9 @@ class StreamSource:
         failed = self._failed.get(wanted, ())
         teachers = [one for one in teachers if one not in failed] or teachers
         owed = Counter(asked.teacher for asked in self._asked.values())
-        teacher = min(teachers, key=lambda one: self._cost(one, owed[one]))
-        if self._shared:  # each label has a teacher that all students prefer, if it is not behind
-            preferred = max(teachers, key=lambda one: _rank(wanted, one))
-            if owed[preferred] <= owed[teacher] + max(1, self._outstanding // 2):
-                teacher = preferred
-        self._turns[teacher] = self._turn = self._turn + 1
+        teacher = self._choice.of(wanted, teachers, owed, max(1, self._outstanding // 2))
         ref = teacher.label.remote(wanted)
         self._asked[ref] = _Asked(wanted, teacher, owed[teacher], time.perf_counter())
-
-    def _cost(self, teacher: ActorHandle, owed: int) -> tuple[float, int, bytes]:
-        """Seconds until it answers one more; among like ones, who was asked longest ago comes
-        first, and workers begin with different ones."""
-        paces = self._pace_s.values()
-        pace_s = self._pace_s.get(teacher, sum(paces) / len(paces) if paces else 1.0)
-        # A teacher that was slow once is asked now and then, and may be fast again.
-        pace_s = min(pace_s, _SLOWEST * min(paces, default=1.0))
-        turn = self._turns.get(teacher, 0)
-        return (owed + 1) * pace_s, turn, _rank(self._who, teacher)
 
     def _ask_others(self, late: Sequence[BlockView]) -> None:
         """Asks another teacher for what one has been asked for too long ago."""
@@ -218,15 +202,20 @@ class StreamSource:
             if not ready:
                 return
             try:
-                teachers, self._trouble = ray.get(self._report)
-                # An empty roster has just been restarted, and will be told anew.
-                self._teachers = teachers or self._teachers
+                self._hear(ray.get(self._report))
             except RayError as error:
                 self._say_once("roster", f"the roster of teachers is gone ({error}): going on")
             self._report = None
         if now - self._reported_s > _REPORT_S:
             told = {"waited_s": self.waited_s, "waiting_s": waiting_s}
-            self._report, self._reported_s = self._roster.report.remote(self._who, told), now
+            self._report = self._roster.report.remote(self._who, told, self._seen)
+            self._reported_s = now
+
+    def _hear(self, told: News) -> None:
+        self._trouble = told.trouble
+        # An empty roster has just been restarted, and will be told anew.
+        if told.teachers:
+            self._teachers, self._seen = told.teachers, told.version
 
     # ------------------------------------------------------------ answers
 
@@ -249,6 +238,7 @@ class StreamSource:
             except RayActorError as error:  # it is gone for good: the roster will tell of others
                 self._say_once("gone", f"a teacher is gone ({error}): its labels are asked again")
                 self._teachers = [one for one in self._teachers if one != asked.teacher]
+                self._seen = ""  # to hear it all anew
                 self._queue.appendleft(wanted)
             except RayTaskError as error:
                 self._fail(asked, error.cause)
@@ -262,9 +252,7 @@ class StreamSource:
     def _clock(self, asked: _Asked) -> None:
         took_s = time.perf_counter() - asked.at_s
         self._took_s.append(took_s)
-        pace_s = took_s / (asked.behind + 1)
-        before_s = self._pace_s.get(asked.teacher, pace_s)
-        self._pace_s[asked.teacher] = _SMOOTH * before_s + (1 - _SMOOTH) * pace_s
+        self._choice.answered(asked.teacher, took_s, asked.behind)
 
     def _take(self, wanted: BlockView, answer: SoftTargets) -> None:
         self._bytes += answer.bytes
@@ -281,10 +269,10 @@ class StreamSource:
         self._given_up.pop(wanted, None)
 
     def _fail(self, asked: _Asked, error: Exception) -> None:
-        """Asks again, a few times, and others first. A teacher that fails at once is not fast."""
+        """Asks again, a few times, and others first."""
         wanted = asked.wanted
         self._say_once("error", f"label of {wanted}: {error}; asking again")
-        self._pace_s[asked.teacher] = _SLOWEST * min(self._pace_s.values(), default=1.0)
+        self._choice.failed(asked.teacher)
         if wanted in self._kept:
             return
         failed = self._failed.setdefault(wanted, [])
@@ -325,10 +313,3 @@ class StreamSource:
         if kind not in self._said:
             self._said.add(kind)
             say(f"{message} (said once)")
-
-
-def _rank(wanted: BlockView | str, teacher: ActorHandle) -> bytes:
-    """A teacher's place in everybody's preference for something (rendezvous hashing, Thaler and
-    Ravishankar 1998)."""
-    told = f"{wanted} {teacher._actor_id.hex()}"
-    return blake2b(told.encode(), digest_size=8).digest()
