@@ -1,14 +1,14 @@
 """What one GPU does, with its share of a node: as told, as a run has measured, or of a roofline."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from engine.config import Range, Section, UserError
 from engine.json_text import parse_json
 
-__all__ = ["PEAK_TFLOPS", "Rates", "label_bytes", "measured", "roofline"]
+__all__ = ["PEAK_TFLOPS", "Rates", "from_peak", "gathered", "label_bytes", "measured", "roofline"]
 
 # Dense bf16, of the vendor's data sheets.
 PEAK_TFLOPS = {"h100": 989.0, "a100": 312.0}
@@ -74,6 +74,36 @@ def measured(folder: Path) -> dict[str, float | bool]:
     if not found:
         raise UserError(f"from: {folder} tells no rate")
     return found
+
+
+def gathered(
+    told: Mapping[str, Any], sources: Sequence[tuple[str, Mapping[str, Any]]], per_label: float
+) -> tuple[Rates, dict[str, str]]:
+    """The rates of `sources`, each with what it is called, of which the last that tells one counts;
+    what is `told` (None: it is not) before them all. And of each where it comes from, unless it was
+    told. Raises UserError where one lacks."""
+    found: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, rates in sources:
+        found |= rates
+        origins |= dict.fromkeys(rates, origin)
+    for name in {field.name for field in fields(Rates)} & told.keys():
+        value = told[name]
+        if value is not None and (value is not False or name not in found):
+            found[name] = value
+            origins.pop(name, None)
+    for name in ("teacher", "student"):
+        if name not in found:
+            raise UserError(
+                f"{name}: give images/s of a GPU, or --from a run that tells it, or --gpu"
+            )
+    return Rates(**{**found, "label_bytes": per_label}), origins
+
+
+def from_peak(gpu: str, mfu: float) -> tuple[str, dict[str, float]]:
+    """The rates of a roofline, and what they are called."""
+    told = f"roofline, not measured: {mfu:g} of {PEAK_TFLOPS[gpu]:g} TFLOP/s of an {gpu.upper()}"
+    return told, roofline(gpu, mfu)
 
 
 def _rates(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float | bool]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from engine.config import Range, Section, UserError
+from engine.config import Range, Section
 from engine.parse import arg, parse
 from engine.plan import Job, Plan, plans, settings, sizes
-from engine.rates import PEAK_TFLOPS, Rates, label_bytes, measured, roofline
+from engine.rates import Rates, from_peak, gathered, label_bytes, measured
 from jobs.cli import run
 from jobs.plan_table import each, table, told_rates, toml
 
@@ -94,28 +94,10 @@ def main(args: Sequence[str]) -> None:
 
 def _rates(config: PlanConfig) -> tuple[Rates, dict[str, str]]:
     """The rates, and where those come from that were not told. Raises UserError where one lacks."""
-    found: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    sources: list[tuple[str, Mapping[str, Any]]] = []
-    if config.gpu:
-        peak = f"{config.mfu:g} of {PEAK_TFLOPS[config.gpu]:g} TFLOP/s"
-        sources.append((f"roofline, not measured: {peak}", roofline(config.gpu, config.mfu)))
+    sources = [from_peak(config.gpu, config.mfu)] if config.gpu else []
     sources += [(folder, measured(Path(folder))) for folder in config.from_]
-    for origin, rates in sources:
-        found |= rates
-        origins |= dict.fromkeys(rates, origin)
-    for name in {field.name for field in fields(Rates)} & {field.name for field in fields(config)}:
-        value = getattr(config, name)
-        if value is not None and (value is not False or name not in found):
-            found[name] = value
-            origins.pop(name, None)
-    for name in ("teacher", "student"):
-        if name not in found:
-            raise UserError(
-                f"{name}: give images/s of a GPU, or --from a run that tells it, or --gpu"
-            )
-    found["label_bytes"] = label_bytes(config.classes, config.width, config.precision)
-    return Rates(**found), origins
+    per_label = label_bytes(config.classes, config.width, config.precision)
+    return gathered(vars(config), sources, per_label)
 
 
 def _statement(rates: Rates, origins: Mapping[str, str]) -> dict[str, Any]:

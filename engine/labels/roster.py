@@ -41,8 +41,9 @@ class Roster:
     def report(self, who: str, numbers: dict[str, float], seen: str) -> News:
         """Takes a student worker's numbers; `seen` is the version of the teachers that it knows.
 
-        Only a list that it does not know is sent: all workers report all the time, and the handle
-        of a teacher is a kilobyte."""
+        Only a list that it does not know is sent: every worker reports every few seconds, and the
+        handle of each teacher takes some hundred bytes.
+        """
         self._reports[who] = time.monotonic(), numbers
         known = seen == self._version
         return News(self._version, None if known else self._teachers, self._trouble)
