@@ -9,19 +9,19 @@ Needs 1.6 GB of disk. `--quick` is a smoke test: its rows tell nothing.
 """
 
 import argparse
-import hashlib
 import os
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from manifests import manifest_row
+from meters import micros, resident_bytes
 from photos import Photos, draw, packed
 from rows import Bench
 
@@ -96,14 +96,14 @@ def _prepare(shards: Sequence[str], cold: bool) -> None:
 def manifest(bench: Bench, folder: Path, shards: int, rounds: int) -> list[str]:
     """Opens made-up shards that lie afar, of which none is looked at."""
     folder.mkdir()
-    write_manifest(folder, (_row(number) for number in range(shards)))
-    seconds, before = [], _resident_bytes()
+    write_manifest(folder, (manifest_row(number, 10_000) for number in range(shards)))
+    seconds, before = [], resident_bytes()
     for turn in range(rounds):
         started = time.perf_counter()
         corpus = Corpus.open(str(folder), 512)
         seconds.append(time.perf_counter() - started)
         if turn == 0:
-            grown = _resident_bytes() - before
+            grown = resident_bytes() - before
     assert len(corpus.shards) == shards
     case, config = f"manifest, {shards} shards", {"shards": shards}
     size = (folder / MANIFEST).stat().st_size
@@ -114,48 +114,20 @@ def manifest(bench: Bench, folder: Path, shards: int, rounds: int) -> list[str]:
     return [f"{case:<26}{told} {grown / 1e6:.0f} MB"]
 
 
-def _row(number: int) -> dict[str, Any]:
-    content = hashlib.sha256(str(number).encode()).hexdigest()
-    url = f"https://shards.example.org/train-{number:06d}"
-    return {
-        "shard": f"{url}.tar",
-        "kind": "tar",
-        "index": f"{url}.arrow",
-        "bytes": 600_000_000 + number % 9973,
-        "tag": f'"{content[:32]}"',
-        "column": "",
-        "samples": 10_000,
-        "usable": 9_990,
-        "short": "",
-        "largest_label": 999,
-        "content": content,
-    }
-
-
 def order(bench: Bench, samples: int, lanes: int, batch: int) -> list[str]:
     """Plans steps all over a pass, and one after another with the blocks that come."""
     blocks = Blocks(np.full(samples // 10_000, 10_000), 512)
     planned = Order(blocks, lanes, batch, window_samples=4 * 512, seed=1)
     anywhere = np.random.default_rng(0).integers(planned.steps, size=200).tolist()
     planned.share(0, 0)  # has the sums over shards made
-    apart = [_micros(partial(planned.share, 0, step)) for step in anywhere]
+    apart = [micros(partial(planned.share, 0, step)) for step in anywhere]
     works = training_works(planned, 1, 1, 0, 1, planned.steps // 2)
-    in_turn = [_micros(partial(next, works)) for _ in range(200)]
+    in_turn = [micros(partial(next, works)) for _ in range(200)]
     case, config = f"order, batch {batch}", {"samples": samples, "lanes": lanes}
     bench.add(case, "ours", "share", "us", apart, config)
     bench.add(case, "ours", "work", "us", in_turn, config)
     told = f"{statistics.median(apart):.0f} us a step of {samples:.0e} samples"
     return [f"{case:<26}{told}, {statistics.median(in_turn):.0f} us with what comes"]
-
-
-def _micros(go: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    go()
-    return 1e6 * (time.perf_counter() - started)
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Ceilings", "Launched", "Meter"]
+__all__ = ["Ceilings", "Launched", "Meter", "micros", "resident_bytes"]
 
 Call = Callable[[], object]
 _L2 = 2**28  # bytes, several times any L2
@@ -131,6 +131,16 @@ def _wall(call: Call, calls: int) -> list[float]:
         call()
         found.append(time.perf_counter() - start)
     return found
+
+
+def micros(call: Call) -> float:
+    """Microseconds of one call, on a CPU."""
+    return 1e6 * _wall(call, 1)[0]
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return _status_bytes("VmRSS")
 
 
 def _status_bytes(name: str) -> int:
