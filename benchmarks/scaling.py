@@ -180,6 +180,8 @@ def paper(rates: Rates, origins: Mapping[str, str], assumed: Assumed) -> Iterato
     yield from loads(found[IMAGES[-1]])
     yield "Students ask teachers for blocks, and read shards, themselves: none passes the driver."
     yield "Calls are those of the labels alone: reports each 2 s. The object store is of all nodes."
+    yield "Left out: a run's start and evaluation; and that labels, collectives and, where shards"
+    yield "lie afar, reads share a link."
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -195,6 +197,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, help="of a GPU, that decode")
     parser.add_argument("--batch", type=int, default=Assumed().batch, help="of a GPU and step")
     told = parser.parse_args(words)
+    if told.batch < 1:
+        parser.error("--batch must be at least 1")
     try:
         rates, origins = rates_of(told)
     except UserError as error:
