@@ -12,6 +12,7 @@ from braceexpand import braceexpand
 __all__ = [
     "ClassesConfig",
     "Colleague",
+    "Compile",
     "CorpusConfig",
     "Drained",
     "Precision",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Compile = Literal["auto", "on", "off"]
 # Metadata of fields that name them.
 PATH, PATHS, SHARDS = {"path": "one"}, {"path": "each"}, {"path": "several"}
 
@@ -194,6 +196,9 @@ class StudentConfig(Section):
     precision: Precision = "auto"
     """Of a frozen tower; what is trained stays fp32, and bf16 is then autocast around it. auto:
     bf16 on a GPU, else fp32."""
+    compile: Compile = "auto"
+    """The frozen tower by torch.compile, which takes a minute or so of the start; auto: on GPUs,
+    where it works there; on: or not at all."""
     trainable: str = "prompts"
     """What is trained, beside the projector: prompts; last:K, them and the tower's last K layers;
     full, them and all of the tower."""
@@ -233,6 +238,8 @@ class StudentConfig(Section):
                 "student.precision: fp16 is for frozen towers; with student.trainable = "
                 f"{self.trainable} it must be bf16 or fp32"
             )
+        if self.trained_layers != 0 and self.compile == "on":
+            raise UserError("student.compile: on is for frozen towers; here it is trained")
         if self.offload and self.zero_stage == 0:
             raise UserError("student.offload needs student.zero_stage 1, 2 or 3")
 

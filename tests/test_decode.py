@@ -280,7 +280,6 @@ def test_without_turbojpeg_dali_decodes_the_same(encoded, photo, monkeypatch, ca
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_decodes_the_same(encoded):
     kinds = ("jpeg", "png", "webp")
     batch = [sample(encoded(150 + 11 * i, 220 - 6 * i, i, kinds[i % 3]), i) for i in range(11)]

@@ -491,7 +491,6 @@ def test_there_is_no_forward_mode():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("classes", [203, 21_841])
 def test_is_recorded_in_a_cuda_graph(impl, classes):

@@ -338,7 +338,6 @@ def test_what_is_not_to_be_recorded_is_not(ours, corpus):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_labels_on_a_gpu(ours, corpus):
     """Recorded without a wait, and given back where they are needed."""
     device = torch.device("cuda")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.clip.compiled import Run
 from engine.clip.towers import ImageTower
 from engine.clip.trained import TrainedTower
 
@@ -96,11 +97,20 @@ class PromptedTower(nn.Module):
 
     tower: ImageTower
     prompts: nn.Parameter | None
+    _run: Run
 
     def __init__(
-        self, tower: ImageTower, prompts: int, depth: int, hidden: int, outputs: int, seed: int
+        self,
+        tower: ImageTower,
+        prompts: int,
+        depth: int,
+        hidden: int,
+        outputs: int,
+        seed: int,
+        run: Run | None = None,
     ) -> None:
-        """Without `prompts` there is no such parameter, and `depth` says nothing."""
+        """Without `prompts` there is no such parameter, and `depth` says nothing. `run`: what
+        computes a frozen tower's features, if not the tower itself."""
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
@@ -112,6 +122,7 @@ class PromptedTower(nn.Module):
             self.tower = tower
         else:
             self.__dict__["tower"] = tower  # which hides it from torch.nn
+        self.__dict__["_run"] = run or tower
         self._frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
         self.register_state_dict_post_hook(_leave_out_frozen)
         self.register_load_state_dict_post_hook(_do_without_frozen)
@@ -121,7 +132,7 @@ class PromptedTower(nn.Module):
     ) -> Tensor:
         """Features [B, D] fp32 of uint8 images, of unit length or as the projector gives them."""
         prompts = None if self.prompts is None else self.prompts.view_as(self.prompts)
-        features = self.tower(images_BCHW, prompts).float()
+        features = self._run(images_BCHW, prompts).float()
         if self.tower.dtype == torch.float16 and prompts is not None and prompts.requires_grad:
             _scale_between(features, prompts)
         x_BD = self.projector(features, valid_B)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
+from engine.clip.compiled import Run, compiled
 from engine.clip.names import base_count
 from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, ImageTower, load_clip
@@ -87,6 +88,7 @@ class _Worker:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.clip = load_clip(config.student.model, config.student.weights, "student.")
         self.clip.image.to(device, DTYPES[config.student.precision])
+        self.run_tower = self._compiled()
         self.w_ND = torch.from_numpy(self.classes.vectors).to(device)
         self.kernels = _kernels(config.train.kernels, self.w_ND)
         self.corpora = open_corpora(config.corpus)
@@ -252,6 +254,7 @@ class _Worker:
             config.student.projector_width or width,
             width,
             config.seed,
+            self.run_tower,
         )
         if start:
             student.load_state_dict(start.student)
@@ -277,6 +280,16 @@ class _Worker:
             return self.clip.image
         clip = load_clip(told.model, told.weights, "student.")
         return TrainedTower(clip, told.trained_layers, told.precision == "bf16")
+
+    def _compiled(self) -> Run | None:
+        """What runs a frozen tower on this worker's share of a step."""
+        told, tower = self.config.student, self.clip.image
+        if told.trained_layers != 0:
+            return None
+        start = 0.02 * torch.randn(told.depth, told.prompts, tower.width, device=self.device)
+        prompts = start.requires_grad_() if told.prompts else None
+        images = self.config.train.batch // self.world
+        return compiled(tower, images, prompts, told.compile, "student.compile")
 
     def _after_pass(self, pass_: int, trainer: "StudentTrainer") -> None:
         if self.config.train.selection == "last":
