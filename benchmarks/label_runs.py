@@ -102,9 +102,9 @@ class Rig:
                 vectors=str(self.place / f"{teacher}.safetensors"),
             ),
             teacher=TeacherConfig(
-                model=f"local-dir:{self.place / teacher}", precision="fp32", batch=BATCH
+                model=f"local-dir:{self.place / teacher}", precision="fp32", batch=BATCH, threads=1
             ),
-            student=StudentConfig(model=f"local-dir:{self.place / 'student'}", depth=6),
+            student=StudentConfig(model=f"local-dir:{self.place / 'student'}", depth=6, threads=1),
             targets=TargetsConfig(source=source, store=store),  # type: ignore[arg-type]
             train=TrainConfig(
                 passes=passes,

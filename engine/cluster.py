@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from engine.config import RunConfig, StudentConfig, UserError
 from engine.progress import say
 from kernels.kl import chosen
 
-__all__ = ["resolve", "session", "start", "wait_for_room", "wanted"]
+__all__ = ["resolve", "session", "start", "threads_of", "wait_for_room", "wanted"]
 
 # Ray's usage reports and state exports serve no run, and slow its start.
 _QUIET_RAY = {
@@ -101,7 +101,8 @@ def _hide_token() -> None:
 
 def resolve(config: RunConfig) -> RunConfig:
     """Replaces every "auto" by what the cluster has, and says what was chosen."""
-    gpus = ray.cluster_resources().get("GPU", 0)
+    have = ray.cluster_resources()
+    gpus = have.get("GPU", 0)
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
     if device == "cuda" and config.corpus.isolate:
         raise UserError("corpus.isolate: a child process decodes on the CPU alone; device is cuda")
@@ -117,6 +118,8 @@ def resolve(config: RunConfig) -> RunConfig:
     except RuntimeError as error:
         raise UserError(f"train.kernels: {error}") from error
     whole = 1.0 if device == "cuda" else 0.0
+    teacher_gpus = whole if teacher.gpus is None else teacher.gpus
+    student_gpus = whole if student.gpus is None else student.gpus
     precision = trained_precision(student.precision, device)
     resolved = dataclasses.replace(
         config,
@@ -124,17 +127,29 @@ def resolve(config: RunConfig) -> RunConfig:
         teacher=dataclasses.replace(
             teacher,
             precision=half_precision(teacher.precision, torch.device(device)),
-            gpus=whole if teacher.gpus is None else teacher.gpus,
+            gpus=teacher_gpus,
+            threads=teacher.threads or threads_of(teacher_gpus, have),
         ),
         student=dataclasses.replace(
-            student, precision=precision, gpus=whole if student.gpus is None else student.gpus
+            student,
+            precision=precision,
+            gpus=student_gpus,
+            threads=student.threads or threads_of(student_gpus, have),
         ),
     )
     say(
-        f"device {device}; teacher in {resolved.teacher.precision}, student tower in {precision}; "
-        f"losses by {kernels}"
+        f"device {device}; teacher in {resolved.teacher.precision} with "
+        f"{resolved.teacher.threads} CPU threads, student tower in {precision} with "
+        f"{resolved.student.threads}; losses by {kernels}"
     )
     return resolved
+
+
+def threads_of(gpus: float, have: Mapping[str, float]) -> int:
+    """CPU threads of a process with so many of a cluster's GPUs: their share of its CPUs."""
+    if not gpus or not have.get("GPU"):
+        return 1
+    return max(1, int(gpus * have.get("CPU", 0) / have["GPU"]))
 
 
 def wait_for_room(config: RunConfig, students: Sequence[StudentConfig], streams: bool) -> None:

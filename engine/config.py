@@ -177,8 +177,9 @@ class TeacherConfig(Section):
     """GPUs of one actor. None: one where the cluster has GPUs, else none."""
     cpus: Annotated[float, Range(0, 1024)] = 0
     """Ray CPUs reserved for one actor; 0 lets it share."""
-    threads: Annotated[int, Range(1, 1024)] = 1
-    """CPU threads of one actor, for decoding and for a forward on CPU."""
+    threads: Annotated[int, Range(0, 1024)] = 0
+    """CPU threads of one actor, for decoding and for a forward on CPU. 0: its GPUs' share of the
+    cluster's CPUs, or 1 where it has no GPU."""
     batch: Annotated[int, Range(1, 65536)] = 256
     """Images of one forward."""
 
@@ -214,8 +215,9 @@ class StudentConfig(Section):
     """GPUs of one worker. None: one where the cluster has GPUs, else none."""
     cpus: Annotated[float, Range(0, 1024, above=True)] = 1
     """Ray CPUs reserved for one worker."""
-    threads: Annotated[int, Range(1, 1024)] = 1
-    """CPU threads of one worker, for decoding and for a step on CPU."""
+    threads: Annotated[int, Range(0, 1024)] = 0
+    """CPU threads of one worker, for decoding and for a step on CPU. 0: its GPUs' share of the
+    cluster's CPUs, or 1 where it has no GPU."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     offload: bool = False

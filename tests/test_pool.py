@@ -46,7 +46,11 @@ def config(tmp_path_factory, corpus_folder):
             shards=str(corpus_folder), evaluation=str(corpus_folder), block_samples=BLOCK
         ),
         teacher=TeacherConfig(
-            model=clip_folder(tmp_path_factory.mktemp("clip")), precision="fp32", gpus=0, actors=2
+            model=clip_folder(tmp_path_factory.mktemp("clip")),
+            precision="fp32",
+            gpus=0,
+            threads=1,
+            actors=2,
         ),
     )
 

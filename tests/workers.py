@@ -51,8 +51,8 @@ def config_of(runs: Path | str, name: str, changes: dict[str, Any]) -> RunConfig
         device="cpu",
         corpus=CorpusConfig(block_samples=5, window_blocks=2, lanes=2),
         classes=ClassesConfig(names="unused"),
-        teacher=TeacherConfig(precision="fp32", gpus=0),
-        student=StudentConfig(precision="fp32", gpus=0, depth=2),
+        teacher=TeacherConfig(precision="fp32", gpus=0, threads=1),
+        student=StudentConfig(precision="fp32", gpus=0, depth=2, threads=1),
         targets=TargetsConfig(source="auto"),
         train=TrainConfig(
             passes=3,
