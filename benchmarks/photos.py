@@ -15,8 +15,6 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from engine.index import index
-
 QUALITY = 90
 GRAIN = 10  # steps of luminance, uniform
 
@@ -47,6 +45,8 @@ def draw(size: tuple[int, int], images: int) -> list[bytes]:
 
 def packed(folder: Path, size: tuple[int, int], jpegs: Sequence[bytes], shards: int) -> Photos:
     """Packs JPEGs of about this size in so many shards of equal length."""
+    from engine.index import index  # which needs more than drawing does
+
     folder.mkdir(parents=True)
     each = -(-len(jpegs) // shards)
     for shard in range(shards):

@@ -67,7 +67,7 @@ class Bench:
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        print(f"{case:<24}{provider:<16}{metric:<20}{middle:>12.6g} {unit}  (n={len(values)})")
+        print(f"{case:<24} {provider:<16} {metric:<20}{middle:>12.6g} {unit}  (n={len(values)})")
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -1,0 +1,230 @@
+"""CLIPs with random weights, the product's step of distillation with them, and what it costs.
+
+`PRECISIONS` and `image_tower` are all there is to change where the product gets a new precision.
+
+Letters: B images, N classes, P prompts, K prompted layers, C tower width, D class vector width.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from photos import Photos
+from reference_peer import TeacherPrompts
+from torch import Tensor
+from torch.nn import functional as F
+from tower_peers import compiled, new_step
+
+from engine.clip.prompts import PromptedTower
+from engine.clip.towers import DTYPES, ImageTower, half_precision, trained_precision
+from engine.progress import say
+from kernels.kl import Features, distillation
+
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "KD_WEIGHT",
+    "PRECISIONS",
+    "SCALE",
+    "TEXT",
+    "Ours",
+    "Pair",
+    "default_precisions",
+    "draw_images",
+    "gflops",
+    "image_tower",
+    "normalised",
+    "our_loader",
+    "peer_precisions",
+    "student_gflops",
+    "student_of",
+    "text_gflops",
+]
+
+PRECISIONS = {"cuda": ("fp32", "bf16", "fp16"), "cpu": ("fp32", "bf16")}
+PROMPTS, DEPTH, KD_WEIGHT, SCALE = 4, 9, 1000.0, 100.0
+MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+SMALL = {  # for smoke tests
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"layers": 2, "width": 64, "heads": 2},
+    "quick_gelu": True,
+}
+
+# FLOPs of an image in the plain tower: a trick that leaves work out is to show as speed.
+FORWARD = "n*(24*L*C**2 + 4*L**2*C) + 2*(L-1-P)*3*p**2*C"
+BACKWARD = "n*(24*L*C**2 + 8*L**2*C)"  # to the input alone: no gradients of weights
+TEXT = "n*(24*L*C**2 + 4*L**2*C)"
+
+
+class Pair(NamedTuple):
+    """Teacher and student, on the CPU in fp32, as open_clip makes them."""
+
+    teacher: Any
+    student: Any
+    prompts: TeacherPrompts
+    tokens_NL: Tensor
+    w_ND: Tensor
+
+    @classmethod
+    def drawn(cls, teacher: str, student: str, classes: int) -> "Pair":
+        torch.manual_seed(0)
+        made = [_clip(name) for name in (teacher, student)]
+        wide = made[0]
+        text, vision = (
+            0.02 * torch.randn(min(DEPTH, len(tower.resblocks)), PROMPTS, tower.width)
+            for tower in (wide.transformer, wide.visual.transformer)
+        )
+        tokens_NL = open_clip.tokenize([f"a photo of a thing {n}." for n in range(classes)])
+        w_ND = F.normalize(torch.randn(classes, wide.visual.output_dim), dim=-1)
+        return cls(*made, TeacherPrompts(text, vision), tokens_NL, w_ND)
+
+    @property
+    def pixels(self) -> int:
+        return int(self.student.visual.image_size[0])
+
+
+def _clip(name: str) -> Any:
+    built = open_clip.CLIP(**SMALL) if name == "small" else open_clip.create_model(name)
+    return built.eval().requires_grad_(False)
+
+
+def default_precisions(device: torch.device) -> tuple[str, str]:
+    """The product's own choice, for a teacher and for a student."""
+    return half_precision("auto", device), trained_precision("auto", device.type)
+
+
+def peer_precisions(device: torch.device) -> tuple[str, str]:
+    """Of open_clip's towers: bf16 on a GPU, else as ours."""
+    return ("bf16", "bf16") if device.type == "cuda" else default_precisions(device)
+
+
+def draw_images(batch: int, pixels: int, device: torch.device) -> Tensor:
+    """uint8 [B, 3, S, S]."""
+    generator = torch.Generator().manual_seed(batch)
+    images = torch.randint(0, 256, (batch, 3, pixels, pixels), generator=generator)
+    return images.to(device, torch.uint8)
+
+
+def normalised(images_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+    mean, std = (images_BCHW.new_tensor(v, dtype=torch.float).view(3, 1, 1) for v in (MEAN, STD))
+    return ((images_BCHW / 255 - mean) / std).to(dtype)
+
+
+def gflops(visual: Any, formula: str = FORWARD, prompts: int = PROMPTS) -> float:
+    """Of an image, in a tower with prompts, whose tokens count in all layers."""
+    side, patch = visual.image_size[0], visual.patch_size[0]
+    sizes = {
+        "n": len(visual.transformer.resblocks),
+        "C": visual.transformer.width,
+        "L": (side // patch) ** 2 + 1 + prompts,
+        "P": prompts,
+        "p": patch,
+    }
+    return eval(formula, sizes) / 1e9
+
+
+def student_gflops(pair: Pair) -> float:
+    """Forward and backward."""
+    return gflops(pair.student.visual) + gflops(pair.student.visual, BACKWARD)
+
+
+def text_gflops(clip: Any) -> float:
+    """Of a sentence."""
+    tower = clip.transformer
+    sizes = {"n": len(tower.resblocks), "C": tower.width, "L": clip.context_length}
+    return eval(TEXT, sizes) / 1e9
+
+
+# ---------------------------------------------------------------- ours
+
+
+def image_tower(visual: Any, precision: str, device: torch.device) -> ImageTower:
+    """The product's tower, of a copy of the weights."""
+    return ImageTower(copy.deepcopy(visual), MEAN, STD).to(device, DTYPES[precision])
+
+
+def student_of(pair: Pair, precision: str, device: torch.device) -> PromptedTower:
+    tower = image_tower(pair.student.visual, precision, device)
+    width = pair.w_ND.shape[1]
+    depth = min(DEPTH, tower.layers)
+    return PromptedTower(tower, PROMPTS, depth, hidden=width, outputs=width, seed=1).to(device)
+
+
+class Ours:
+    """A step by the product's towers, prompts and kernels; with torch's SGD, as its peers have it:
+    not DeepSpeed's engine, nor Ray."""
+
+    def __init__(
+        self, pair: Pair, device: torch.device, precisions: tuple[str, str], compile: bool
+    ) -> None:
+        student = student_of(pair, precisions[1], device)
+        self._teacher: Callable[..., Tensor] = image_tower(
+            pair.teacher.visual, precisions[0], device
+        )
+        self._student: Callable[..., Tensor] = student
+        if compile:
+            self._teacher, self._student = (
+                compiled(tower, device) for tower in (self._teacher, self._student)
+            )
+        self._device = device
+        self._prompts, self._w_ND = pair.prompts.vision_KPC.to(device), pair.w_ND.to(device)
+        self._optimizer = torch.optim.SGD(
+            student.parameters(), lr=0.005, momentum=0.9, weight_decay=5e-4
+        )
+
+    def step(self, images_BCHW: Tensor) -> Tensor:
+        """Learns from uint8 images; the loss, on the device."""
+        self._optimizer.zero_grad()
+        new_step(self._device)
+        with torch.inference_mode():
+            u_BD = F.normalize(self._teacher(images_BCHW, self._prompts).float(), dim=-1)
+        losses = distillation(
+            self._student(images_BCHW, unit=False),
+            Features(u_BD, SCALE),
+            self._w_ND,
+            SCALE,
+            kl_weight=KD_WEIGHT / len(self._w_ND),
+        )
+        loss = losses.loss_B.mean()
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+
+def _has_dali() -> bool:
+    packages = ("nvidia", "nvidia.dali")  # to look for the second, the first must be there
+    return all(importlib.util.find_spec(name) is not None for name in packages)
+
+
+def our_loader(
+    photos: Photos, pixels: int, batch: int, device: torch.device, threads: int
+) -> tuple[Iterator[Tensor], Callable[[], None]]:
+    """Batches on the device, without end, by the product's loader; and how to close it."""
+    from engine.data.corpus import Corpus
+    from engine.data.decode import Decoder
+    from engine.data.loader import Loader
+    from engine.data.order import Order
+    from engine.data.views import ViewPolicy
+    from engine.train.loop import training_works
+
+    corpus = Corpus.open(str(photos.folder), photos.images // len(photos.shards))
+    order = Order(corpus.blocks, 4, batch, 4 * corpus.blocks.block_samples, seed=1)
+    passes = 10**6
+    works = training_works(order, passes, passes, 0, 1, 0)
+    kind = device.type
+    if kind != "cpu" and not _has_dali():
+        say("DALI is not installed: images are decoded on the CPU")
+        kind = "cpu"
+    decoder = Decoder(ViewPolicy(1, pixels), kind, threads, batch)
+    made = Loader(corpus, decoder, works, 1 << 30, device=device)
+
+    def close() -> None:
+        made.close()
+        decoder.close()
+        corpus.close()
+
+    return (one.here() for one in made), close
