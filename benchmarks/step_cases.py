@@ -73,7 +73,8 @@ def _ours(rig: Rig, pair: Pair, make: Callable[[Precisions, bool], Call], batch:
 
 def _ours_resident(rig: Rig, pair: Pair, raw: Tensor) -> Works:
     def make(precisions: Precisions, compile: bool) -> Call:
-        return partial(Ours(pair, rig.device, precisions, compile).step, raw)
+        images = len(raw) if compile else 0
+        return partial(Ours(pair, rig.device, precisions, images).step, raw)
 
     return _ours(rig, pair, make, len(raw))
 
@@ -107,7 +108,7 @@ def _reference_loads(rig: Rig, pair: Pair) -> None:
             shards = photos(place, JPEG, JPEGS, SHARDS)
             batches, close = our_loader(shards, pair.pixels, BATCH, rig.device, threads)
             stack.callback(close)
-            made = Ours(pair, rig.device, precisions, compile)
+            made = Ours(pair, rig.device, precisions, BATCH if compile else 0)
             return lambda: made.step(next(batches))
 
         works = {"reference": _reference_work(rig, pair, reference)}

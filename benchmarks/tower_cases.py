@@ -13,6 +13,7 @@ from tower_models import (
     Pair,
     default_precisions,
     draw_images,
+    fast,
     gflops,
     image_tower,
     normalised,
@@ -44,10 +45,12 @@ def _teacher(rig: Rig, size: Tower) -> None:
 
     def open_clip(precision: str, compile: bool) -> Call:
         tower = OpenClipTower(visual, DTYPES[precision], device)
-        return forward(tower, normalised(raw, DTYPES[precision]), prompts, compile)
+        run = compiled(tower, device) if compile else tower
+        return forward(run, normalised(raw, DTYPES[precision]), prompts)
 
     def ours(precision: str, compile: bool) -> Call:
-        return forward(image_tower(visual, precision, device), raw, prompts, compile)
+        tower = image_tower(visual, precision, device)
+        return forward(fast(tower, batch, prompts) if compile else tower, raw, prompts)
 
     works = {}
     for precision in PRECISIONS[device.type] if size.whole else {own, theirs}:
@@ -68,9 +71,7 @@ def _teacher(rig: Rig, size: Tower) -> None:
     compare(rig, case, works, config, f"ours-compiled-{own}" if size.whole else f"ours-{own}")
 
 
-def forward(tower: Any, images: Tensor, prompts: Tensor, compile: bool) -> Call:
-    run = compiled(tower, images.device) if compile else tower
-
+def forward(run: Callable[..., Tensor], images: Tensor, prompts: Tensor) -> Call:
     @torch.inference_mode()
     def call() -> Tensor:
         new_step(images.device)
@@ -92,9 +93,8 @@ def student(rig: Rig) -> None:
         return backward(run, normalised(raw, DTYPES[precision]), made)
 
     def ours(precision: str, compile: bool) -> Call:
-        made = student_of(pair, precision, device)
-        run = compiled(made, device) if compile else made
-        return backward(partial(run, unit=False), raw, made)
+        made = student_of(pair, precision, device, batch if compile else 0)
+        return backward(partial(made, unit=False), raw, made)
 
     works = {}
     for precision in (one for one in PRECISIONS[device.type] if one in DTYPES):
@@ -143,7 +143,7 @@ def tricks(rig: Rig) -> None:
 
     def of_teacher(off: str) -> Call:
         tower = image_tower(pair.teacher.visual, precisions[0], device)
-        return forward(switched(tower, off), raw, prompts, compile=False)
+        return forward(switched(tower, off), raw, prompts)
 
     def of_student(off: str) -> Call:
         made = student_of(pair, precisions[1], device)

@@ -16,8 +16,8 @@ from photos import Photos
 from reference_peer import TeacherPrompts
 from torch import Tensor
 from torch.nn import functional as F
-from tower_peers import compiled, new_step
 
+from engine.clip.compiled import Run, compiled
 from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, ImageTower, half_precision, trained_precision
 from engine.progress import say
@@ -34,6 +34,7 @@ __all__ = [
     "Pair",
     "default_precisions",
     "draw_images",
+    "fast",
     "gflops",
     "image_tower",
     "normalised",
@@ -147,11 +148,21 @@ def image_tower(visual: Any, precision: str, device: torch.device) -> ImageTower
     return ImageTower(copy.deepcopy(visual), MEAN, STD).to(device, DTYPES[precision])
 
 
-def student_of(pair: Pair, precision: str, device: torch.device) -> PromptedTower:
+def fast(tower: ImageTower, images: int, prompts_KPC: Tensor) -> Run:
+    """The product's tower, compiled as the product does it."""
+    return compiled(tower, images, prompts_KPC, "on", "tower.compile")
+
+
+def student_of(pair: Pair, precision: str, device: torch.device, images: int = 0) -> PromptedTower:
+    """Compiled for batches of so many `images`, if any."""
     tower = image_tower(pair.student.visual, precision, device)
     width = pair.w_ND.shape[1]
-    depth = min(DEPTH, tower.layers)
-    return PromptedTower(tower, PROMPTS, depth, hidden=width, outputs=width, seed=1).to(device)
+    depth, run = min(DEPTH, tower.layers), None
+    if images:
+        start_KPC = 0.02 * torch.randn(depth, PROMPTS, tower.width, device=device)
+        run = fast(tower, images, start_KPC.requires_grad_())
+    student = PromptedTower(tower, PROMPTS, depth, hidden=width, outputs=width, seed=1, run=run)
+    return student.to(device)
 
 
 class Ours:
@@ -159,19 +170,13 @@ class Ours:
     not DeepSpeed's engine, nor Ray."""
 
     def __init__(
-        self, pair: Pair, device: torch.device, precisions: tuple[str, str], compile: bool
+        self, pair: Pair, device: torch.device, precisions: tuple[str, str], images: int = 0
     ) -> None:
-        student = student_of(pair, precisions[1], device)
-        self._teacher: Callable[..., Tensor] = image_tower(
-            pair.teacher.visual, precisions[0], device
-        )
-        self._student: Callable[..., Tensor] = student
-        if compile:
-            self._teacher, self._student = (
-                compiled(tower, device) for tower in (self._teacher, self._student)
-            )
-        self._device = device
+        """Compiled for batches of so many `images`, if any."""
         self._prompts, self._w_ND = pair.prompts.vision_KPC.to(device), pair.w_ND.to(device)
+        self._student = student = student_of(pair, precisions[1], device, images)
+        tower = image_tower(pair.teacher.visual, precisions[0], device)
+        self._teacher = fast(tower, images, self._prompts) if images else tower
         self._optimizer = torch.optim.SGD(
             student.parameters(), lr=0.005, momentum=0.9, weight_decay=5e-4
         )
@@ -179,7 +184,6 @@ class Ours:
     def step(self, images_BCHW: Tensor) -> Tensor:
         """Learns from uint8 images; the loss, on the device."""
         self._optimizer.zero_grad()
-        new_step(self._device)
         with torch.inference_mode():
             u_BD = F.normalize(self._teacher(images_BCHW, self._prompts).float(), dim=-1)
         losses = distillation(

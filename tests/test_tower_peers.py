@@ -232,7 +232,7 @@ def test_flops_are_the_published_ones():
 def test_a_measured_step_is_its_peers():
     """Of the benchmark's own small models: the same loss, and the same prompts after it."""
     pair = Pair.drawn("small", "small", 10)
-    ours = Ours(pair, CPU, ("fp32", "fp32"), compile=False)
+    ours = Ours(pair, CPU, ("fp32", "fp32"))
     teacher, student = (
         OpenClipTower(one.visual, torch.float32, CPU) for one in (pair.teacher, pair.student)
     )
