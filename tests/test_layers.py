@@ -35,7 +35,7 @@ PLACES = {
     ),
     "onnxruntime": ("engine/clip/export.py",),
     "deepspeed": ("engine/train/student.py",),
-    "nvidia": ("engine/data/decode.py",),
+    "nvidia": ("engine/data/dali.py", "engine/data/decode.py"),
     "webdataset": ("engine/data/shards.py", "engine/data/index.py"),
     "fsspec": (
         "engine/data/storage.py",

@@ -16,11 +16,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 
 from engine.data import turbojpeg
@@ -40,44 +39,10 @@ from engine.data.turbojpeg import JpegError, decompress
 from engine.data.views import ViewPolicy
 from engine.progress import say
 
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+
 __all__ = ["Decoder", "jpeg_decoder", "refusal"]
-
-# The dynamic executor, in step: after an error the others are dead, or blame the next batch.
-_EXECUTOR = {
-    "prefetch_queue_depth": 1,
-    "exec_pipelined": False,
-    "exec_async": False,
-    "exec_dynamic": True,
-}
-
-
-@pipeline_def(**_EXECUTOR)
-def _pipeline(device: str, pixels: int, hardware: float):
-    """Parts of images; on a GPU (`mixed`) resized to views, mirrored where the ends of an axis are
-    swapped. On a CPU torch resizes several times faster."""
-
-    def column(name: str, dtype: types.DALIDataType):
-        return fn.external_source(name=name, dtype=dtype, ndim=1)
-
-    part = fn.decoders.image_slice(
-        column("encoded", types.UINT8),
-        device=device,
-        hw_decoder_load=hardware,
-        output_type=types.RGB,
-        start=column("start", types.INT32),
-        shape=column("shape", types.INT32),
-        axis_names="HW",
-    )
-    if device == "cpu":
-        return part
-    return fn.resize(
-        part,
-        size=[pixels, pixels],
-        roi_start=column("low", types.FLOAT),
-        roi_end=column("high", types.FLOAT),
-        interp_type=types.INTERP_CUBIC,
-        antialias=True,
-    )
 
 
 def refusal(sample: Sample | None) -> str | None:
@@ -223,7 +188,9 @@ class Decoder:
     def _by_dali(self, batch: list[_Wanted], images_BSSC: Tensor) -> list[int]:
         """Decodes a batch; the rows of those that fail."""
         if self._dali is None:
-            self._dali = _pipeline(
+            from engine.data.dali import pipeline  # plain JPEGs on a CPU can do without DALI
+
+            self._dali = pipeline(
                 "mixed" if self._device.type == "cuda" else "cpu",
                 self.policy.pixels,
                 self._hardware,

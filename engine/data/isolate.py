@@ -307,6 +307,7 @@ def serve(parent: str, pipe: str, memory: str, told: str) -> None:
     module, name = asked["decoder"]
     make: type[Decoder] = getattr(import_module(module), name)
     decoder = make(ViewPolicy(**asked["policy"]), "cpu", asked["threads"], asked["batch"])
+    import_module("engine.data.dali")  # now, and not in the time of its first image
     decoder.decode([], 0)
     mapped = mmap.mmap(int(memory), 0)
     with Connection(int(pipe)) as connection:
