@@ -16,7 +16,7 @@ from engine.clip.prompts import PromptedTower
 from engine.clip.towers import load_clip
 from engine.config import RunConfig
 from engine.data.corpus import open_corpora
-from engine.labels.pool import labeller_of
+from engine.labels.assignment import labeller_of
 from engine.labels.targets import BlockView, Targets
 from engine.labels.teacher import Team
 

@@ -37,7 +37,8 @@ from engine.config import (
     TrainConfig,
 )
 from engine.data.corpus import open_corpora
-from engine.labels.pool import Assignment, start_teacher
+from engine.labels.assignment import Assignment
+from engine.labels.pool import start_teacher
 from engine.labels.roster import Roster
 from engine.labels.targets import BlockView
 from engine.labels.teacher import Labels, TeacherSpec, labellings

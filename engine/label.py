@@ -12,7 +12,7 @@ from engine.clip.towers import load_clip
 from engine.config import RunConfig, RunFailed, UserError, absolute
 from engine.data.corpus import Corpus, open_corpora
 from engine.data.views import TEST_VIEW
-from engine.labels.pool import Assignment
+from engine.labels.assignment import Assignment
 from engine.labels.scaling import Pool
 from engine.labels.sources import stream_of
 from engine.labels.stream import StreamSource

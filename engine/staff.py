@@ -13,7 +13,7 @@ from engine.clip.towers import Clip, half_precision, load_clip
 from engine.clip.weights import vision_shape
 from engine.config import Colleague, RunConfig, UserError
 from engine.data.corpus import open_corpora
-from engine.labels.pool import Assignment
+from engine.labels.assignment import Assignment
 from engine.labels.sources import Choice, chosen, missing_blocks, opened
 from engine.labels.teacher import Labels, TeacherSpec, labellings
 from engine.preflight import colleagues

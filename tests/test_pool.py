@@ -23,7 +23,8 @@ from engine.data.loader import Loader, Work
 from engine.data.order import Share
 from engine.data.views import TEST_VIEW, ViewPolicy
 from engine.labels import scaling
-from engine.labels.pool import Assignment, labeller_of, start_teacher
+from engine.labels.assignment import Assignment, labeller_of
+from engine.labels.pool import start_teacher
 from engine.labels.roster import Roster
 from engine.labels.scaling import Pool
 from engine.labels.stream import StreamSource

@@ -20,7 +20,7 @@ from engine.config import (
     TrainConfig,
 )
 from engine.data.corpus import open_corpora
-from engine.labels.pool import Assignment
+from engine.labels.assignment import Assignment
 from engine.labels.teacher import Labels, TeacherSpec, labellings
 from engine.train.worker import Task, work
 

@@ -7,59 +7,22 @@ function. Replies are method returns, which survive their maker's death.
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import torch
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.config import RunConfig, TeacherConfig
-from engine.data.corpus import open_corpora
-from engine.data.isolate import decoder_of
-from engine.labels.labelling import Labelling
-from engine.labels.store import Store
+from engine.config import TeacherConfig
+from engine.labels.assignment import Assignment, labeller_of
 from engine.labels.targets import BlockView, SoftTargets
-from engine.labels.teacher import Labeller, Labels, Team, policies
 from engine.progress import hand_over
 
-__all__ = ["Assignment", "TeacherActor", "labeller_of", "start_teacher"]
+__all__ = ["TeacherActor", "start_teacher"]
 
 _IN_WORK = 4  # blocks of an actor: being read, decoded, labelled, written
-
-
-class Assignment(NamedTuple):
-    """What a teacher actor is told; `config` is resolved."""
-
-    config: RunConfig
-    labels: Labels
-    labellings: Mapping[str, Labelling]
-    records: bool  # into the store
-
-
-def labeller_of(assignment: Assignment, device: torch.device) -> Labeller:
-    """A labeller of a run's corpora, which it opens; close() ends it."""
-    config = assignment.config
-    corpora = open_corpora(config.corpus)
-    told = {name: labelling for name, labelling in assignment.labellings.items() if name in corpora}
-    recorded = {}
-    if assignment.records:
-        store = Store(config.targets.store)
-        recorded = {name: store.recorded(labelling) for name, labelling in told.items()}
-    threads = config.teacher.threads
-    return Labeller(
-        Team.load(assignment.labels, device),
-        corpora,
-        {
-            pixels: decoder_of(policy, config.device, threads, config.corpus)
-            for pixels, policy in policies(assignment.labels).items()
-        },
-        {name: labelling.fingerprint for name, labelling in told.items()},
-        assignment.labels.wire,
-        recorded,
-    )
 
 
 class TeacherActor:

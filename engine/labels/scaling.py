@@ -10,7 +10,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from engine.labels.pool import Assignment, start_teacher
+from engine.labels.assignment import Assignment
+from engine.labels.pool import start_teacher
 from engine.labels.roster import Roster
 from engine.progress import say
 

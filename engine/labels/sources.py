@@ -1,7 +1,7 @@
 """Which target source a run has, and how a student worker builds it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -9,14 +9,16 @@ from engine.config import RunConfig
 from engine.data.corpus import Corpus
 from engine.data.views import TEST_VIEW
 from engine.labels.assembly import Assembly
+from engine.labels.assignment import Assignment, labeller_of
 from engine.labels.inline import InlineSource, OnDemandSource, SyntheticSource
 from engine.labels.labelling import Labelling
-from engine.labels.pool import Assignment, labeller_of
 from engine.labels.recorded import RecordedSource
 from engine.labels.store import Recorded, Store
-from engine.labels.stream import StreamSource
 from engine.labels.targets import TargetSource
 from engine.labels.teacher import Team
+
+if TYPE_CHECKING:
+    from engine.labels.stream import StreamSource
 
 __all__ = ["Choice", "Place", "chosen", "missing_blocks", "opened", "source_of", "stream_of"]
 
@@ -92,8 +94,10 @@ def stream_of(
     kept_samples: int,
     device: torch.device,
     shared: bool,
-) -> StreamSource:
+) -> "StreamSource":
     """The stream of a run's labels, for one of `workers`; see StreamSource."""
+    from engine.labels.stream import StreamSource  # Ray, which other sources can do without
+
     labels, targets = assignment.labels, assignment.config.targets
     return StreamSource(
         roster,

@@ -24,7 +24,7 @@ from engine.data.corpus import open_corpora
 from engine.data.isolate import decoder_of
 from engine.data.order import Order
 from engine.data.views import ViewPolicy
-from engine.labels.pool import Assignment
+from engine.labels.assignment import Assignment
 from engine.labels.sources import Place, source_of
 from engine.labels.targets import Targets, TargetSource, unpack
 from engine.progress import say
@@ -43,7 +43,7 @@ from kernels.trial import trial
 if TYPE_CHECKING:
     from engine.train.student import StudentTrainer
 
-__all__ = ["Task", "work"]
+__all__ = ["Task", "Worker", "work"]
 
 
 class Task(NamedTuple):
@@ -68,7 +68,7 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
     Raises RuntimeError where labels do not come.
     """
     torch.set_num_threads(task.config.student.threads)
-    worker = _Worker(task, device)
+    worker = Worker(task, device)
     try:
         return worker.run()
     finally:
@@ -79,7 +79,7 @@ def work(task: Task, device: torch.device) -> dict[str, Any]:
         worker.setting.stops.close()
 
 
-class _Worker:
+class Worker:
     """What one worker has loaded, and keeps through roll-backs."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
@@ -189,7 +189,7 @@ class _Worker:
             # What was selected after it was of a lineage that has not survived.
             self.selection.forget(first // self.order.steps)
             say(f"{self.world} student workers start from step {first}")
-        trainer = self._trainer(start, rollbacks)
+        trainer = self.trainer(start, rollbacks)
         if start:  # the trainer has them now, and they are large
             start = replace(start, student={}, optimizer={})
         try:
@@ -243,7 +243,8 @@ class _Worker:
             write_samples(file, self.order, collapse.steps, self.corpora["shards"].shards)
         return f"{collapse}; their samples are in {file}"
 
-    def _trainer(self, start: checkpoint.Checkpoint | None, rollbacks: int) -> "StudentTrainer":
+    def trainer(self, start: checkpoint.Checkpoint | None, rollbacks: int) -> "StudentTrainer":
+        """Of a student that starts from there, or from its first weights."""
         from engine.train.student import StudentTrainer  # the driver can do without DeepSpeed
 
         config, width = self.config, self.w_ND.shape[1]
