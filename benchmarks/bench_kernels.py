@@ -1,6 +1,7 @@
 """How fast and how small are the kernels? `python benchmarks/bench_kernels.py [--quick]`.
 
-Some seven minutes on a GPU, five on two cores; `--only CASE` for one of these cases:
+Some seven minutes on a GPU, five on two cores; less than two with `--short`, for fewer shapes;
+`--only CASE` for one of these cases:
 
 - kl: KL(teacher || student) and its gradient with respect to the student's raw features, from both
   sides' features and class vectors. bf16 on GPUs, fp32 on CPUs, or `--dtype`; a run has fp32.
@@ -54,6 +55,13 @@ SHAPES = {  # images, classes
         "cosine": [(b, n) for n in (SMALL, LARGE) for b in (256,)],
         "variants": [(256, SMALL), (256, LARGE)],
     },
+}
+SHORT = {
+    "cuda": {
+        "kl": [(1024, SMALL), (16384, SMALL), (1024, LARGE), (16384, LARGE), (4096, LARGEST)],
+        "cosine": [(1024, LARGE)],
+    },
+    "cpu": {"kl": [(256, SMALL), (256, LARGE)], "cosine": [(256, SMALL)]},
 }
 QUICK = [(128, 100), (128, SMALL)]
 ROUNDS = 7
@@ -322,6 +330,7 @@ def _verdict(name: str, least: float, told: dict[Case, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--only", choices=SHAPES["cpu"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     asked = parser.parse_args()
@@ -337,7 +346,7 @@ def main() -> None:
     if why_no_liger():
         print(f"Liger takes no part: {why_no_liger()}")
     found = {}
-    for loss, shapes in SHAPES[kind].items():
+    for loss, shapes in (SHORT if asked.short else SHAPES)[kind].items():
         if asked.only in (None, loss):
             for images, classes in QUICK if asked.quick and shapes else shapes:
                 case = Case(loss, images, classes)

@@ -1,6 +1,6 @@
 """What does the label plane cost, and save? `python benchmarks/bench_labels.py [--quick]`.
 
-Some twenty minutes on two cores; `--only CASE` for one of these cases.
+Some twenty minutes on two cores; `--only CASE` for one of these cases, `--rounds N` for fewer.
 
 Every process has one thread: a teacher and a student have a core each. Models have random weights,
 and are sized so that a forward of the teacher costs 2.2 steps of the student (heavy), or one
@@ -239,13 +239,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=CASES, help="overlap has serial too")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     start_ray()
     try:
         with tempfile.TemporaryDirectory() as folder:
             rig = Rig.built(Path(folder) / "rig", 768 if args.quick else 1024)
-            told = Rounds(Bench("labels"), rig, 1 if args.quick else 3, 10 if args.quick else 30)
+            rounds, stopped_s = (1, 10) if args.quick else (args.rounds, 30)
+            told = Rounds(Bench("labels"), rig, rounds, stopped_s)
             for case in [args.only] if args.only else CASES:
                 CASES[case](told)
             told.close(TARGETS)

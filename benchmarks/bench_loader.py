@@ -1,5 +1,8 @@
 """How fast are photos loaded? `python benchmarks/bench_loader.py [--quick]`, ten minutes.
 
+`--short`, of a minute, is against peers alone, with photos of one size. A peer that is not
+installed takes no part.
+
 - Against peers, by size and threads. Rounds go through all providers in turn; a ratio is the median
   over the rounds of what was measured in the same one.
 - Loader against decoder: the CPU seconds that reading, ordering and batching add.
@@ -33,7 +36,7 @@ PROVIDERS = {
     "dali": peers.dali,
     "spdl": peers.spdl,
 }
-ROUNDS = 5
+ROUNDS, SHORT_ROUNDS = 5, 3
 
 
 class Case(NamedTuple):
@@ -86,10 +89,10 @@ def _lap(load: peers.Load, images: int) -> Lap:
 def against_peers(bench: Bench, case: Case, place: Path, rounds: int) -> list[str]:
     """Lines of ratios."""
     made = photos(place / "x".join(map(str, case.size)), case.size, case.images, case.shards)
-    missing = peers.why_no_spdl()
-    if missing:
-        print(f"SPDL takes no part: {missing}")
-    told = {name: (name, made) for name in PROVIDERS if name != "spdl" or not missing}
+    missing = {name: why for name in PROVIDERS if (why := peers.why_not(name))}
+    for name, why in missing.items():
+        print(f"{name} takes no part: {why}")
+    told = {name: (name, made) for name in PROVIDERS if name not in missing}
     lines = []
     for threads in (1, 2):
         name = f"{made.config['pixels']}, {threads} cores"
@@ -203,17 +206,23 @@ def _config(case: Case, threads: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    bench, rounds = Bench("loader"), 1 if quick else ROUNDS
+    parser.add_argument("--short", action="store_true")
+    asked = parser.parse_args()
+    quick, short = asked.quick, asked.short
+    if why := peers.why_not("ours"):
+        print(f"nothing is measured: {why}")
+        return
+    bench, rounds = Bench("loader"), 1 if quick else SHORT_ROUNDS if short else ROUNDS
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for case in CASES[: 1 if quick else None]:
-            case = case._replace(images=256) if quick else case
+        for case in CASES[: 1 if quick or short else None]:
+            case = case._replace(images=256) if quick or short else case
             lines += against_peers(bench, case, place, rounds)
-        corrupt = CASES[0]._replace(images=1600, shards=16, passes=1)
-        lines += damaged(bench, corrupt, place, rounds)
-        lines += memory(bench, SMALL._replace(passes=1) if quick else SMALL, place)
+        if not short:
+            corrupt = CASES[0]._replace(images=1600, shards=16, passes=1)
+            lines += damaged(bench, corrupt, place, rounds)
+            lines += memory(bench, SMALL._replace(passes=1) if quick else SMALL, place)
     print("\nOurs, by", "what".ljust(16), "median of the rounds' ratios")
     print("\n".join(lines))
 

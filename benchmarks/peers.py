@@ -13,12 +13,12 @@ from itertools import islice
 import numpy as np
 import torch
 import webdataset as wds
-from nvidia.dali import fn, pipeline_def, types
 from photos import Photos
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
+from engine.data import turbojpeg
 from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
 from engine.data.loader import Loader, Work
@@ -93,6 +93,8 @@ def torchvision(photos: Photos, passes: int, batch: int, threads: int) -> Load:
 
 def dali(photos: Photos, passes: int, batch: int, threads: int) -> Load:
     """Decodes no more than the crop, as ours does; its views are not copied to tensors."""
+    from nvidia.dali import fn, pipeline_def, types
+
     depth = 2
 
     @pipeline_def(
@@ -165,6 +167,26 @@ def versions() -> str:
     packages = ["webdataset", "torchvision", "pillow"]
     packages += [] if why_no_spdl() else ["spdl-core", "spdl-io"]
     return " ".join(f"{package}={version(package)}" for package in packages)
+
+
+def why_not(provider: str) -> str:
+    """Why a provider cannot take part, "" if it can."""
+    if provider == "spdl":
+        return why_no_spdl()
+    if provider == "dali":
+        return why_no_dali()
+    if provider.startswith("ours") and turbojpeg.library() is None:
+        return why_no_dali() and "there is neither TurboJPEG (the package turbojpeg) nor DALI"
+    return ""
+
+
+def why_no_dali() -> str:
+    """Why DALI cannot take part, "" if it can."""
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError as error:
+        return str(error)
+    return ""
 
 
 def why_no_spdl() -> str:
