@@ -15,12 +15,10 @@ from pathlib import Path
 
 import torch
 
+from engine.report_bench import COLUMNS
 from engine.run_folder import PACKAGES, git
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = "date,git_sha,device,bench,case,provider,metric,unit,p20,p50,p80,n,config,versions".split(
-    ","
-)
 
 
 class Bench:

@@ -47,6 +47,7 @@ PLACES = {
     "yarl": ("engine/data/web.py",),
     "tyro": ("engine/parse.py",),
     "rich": ("engine/progress.py",),
+    "matplotlib": ("engine/plots.py",),
     "psutil": ("engine/train/gang.py",),
     "pynvml": ("engine/telemetry.py",),
     "ray": (
