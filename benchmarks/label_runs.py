@@ -5,7 +5,6 @@ last `LEFT`, when the teacher has nothing more to do. Costs are CPU seconds, use
 this process and all that descend from it, Ray's own among them, between the same two moments.
 """
 
-import gzip
 import json
 import threading
 import time
@@ -17,12 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import open_clip
 import psutil
 import ray
-import torch
+from models import Tower, write_clip
 from photos import photos
-from safetensors.torch import save_file
 
 from engine import cluster
 from engine.clip.class_vectors import ClassVectors, encode_classes
@@ -77,7 +74,7 @@ class Rig:
         names = place / "classes.txt"
         names.write_text("".join(f"class {n}\n" for n in range(CLASSES)))
         for tower, (layers, width) in TOWERS.items():
-            model = _write_clip(place / tower, layers, width)
+            model = write_clip(place / tower, Tower(layers, width, 8, PIXELS, WIDTH))
             clip = load_clip(model, "", "teacher.")
             classes = encode_classes(clip, tuple(names.read_text().splitlines()), ("{}",))
             classes.save(place / f"{tower}.safetensors")
@@ -269,36 +266,6 @@ def assignment_of(config: RunConfig) -> Assignment:
     labels = Labels.of(config, staff, features=False)
     corpora = open_corpora(config.corpus)
     return Assignment(config, labels, labellings(labels, corpora, "cpu"), records=False)
-
-
-def _write_clip(folder: Path, layers: int, width: int) -> str:
-    """A CLIP with random weights; gives its local-dir: name."""
-    folder.mkdir()
-    model = {
-        "embed_dim": WIDTH,
-        "vision_cfg": {
-            "image_size": PIXELS,
-            "layers": layers,
-            "width": width,
-            "head_width": 64,
-            "patch_size": 8,
-        },
-        "text_cfg": {
-            "context_length": 32,
-            "vocab_size": 514,
-            "width": 16,
-            "heads": 2,
-            "layers": 1,
-            "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
-        },
-    }
-    torch.manual_seed(0)
-    settings = {"model_cfg": model, "preprocess_cfg": {}}
-    (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    built = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    save_file(built.state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "bpe.txt.gz").write_bytes(gzip.compress(b"#version: 0.2", mtime=0))
-    return f"local-dir:{folder}"
 
 
 def start_ray() -> None:
