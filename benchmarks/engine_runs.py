@@ -207,7 +207,8 @@ class Rig:
         return self._run(self._recorded(), resident)
 
     def traced(self, resident: bool) -> Summary:
-        """Of a window of an inline run."""
+        """Of the first window that counts of an inline run."""
+        assert self.size.windows > 1, "the trace ends with the next one's first step"
         size, tracer = self.size, Tracer(self.device)
         source = _Traced(InlineSource(self._team), tracer, size.warm * size.steps, size.steps)
         self._run(source, resident)
