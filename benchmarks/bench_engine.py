@@ -19,6 +19,7 @@ a wait for the GPU at its end; windows that warm up do not count.
 """
 
 import argparse
+import logging
 import statistics
 import tempfile
 from collections import defaultdict
@@ -47,7 +48,7 @@ GPU = Size(
     photo=(500, 375),
     shards=2,
     steps=10,
-    warm=2,
+    warm=1,
     windows=4,
 )
 CPU = Size(
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--precision", choices=get_args(Precision), default="auto")
     asked = parser.parse_args()
+    logging.disable(logging.WARNING)  # of weights that are random, and of DeepSpeed's
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     size = QUICK if asked.quick else GPU if on_gpu else CPU

@@ -58,7 +58,7 @@ SHAPES = {  # images, classes
 }
 SHORT = {
     "cuda": {
-        "kl": [(1024, SMALL), (16384, SMALL), (1024, LARGE), (16384, LARGE), (4096, LARGEST)],
+        "kl": [(1024, SMALL), (1024, LARGE), (16384, LARGE), (4096, LARGEST)],
         "cosine": [(1024, LARGE)],
     },
     "cpu": {"kl": [(256, SMALL), (256, LARGE)], "cosine": [(256, SMALL)]},

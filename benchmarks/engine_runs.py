@@ -150,7 +150,8 @@ class Rig:
         self._worker.order = self._order  # a learning rate goes by it
         self._team = Team.load(self._assignment.labels, device)
         shape = (size.batch, 3, size.student.pixels, size.student.pixels)
-        self._images_BCHW = torch.randint(256, shape, dtype=torch.uint8).to(device)
+        images_BCHW = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        self._images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)  # as decoded
         self._decoder, self.decodes = _decoder(size, device)
 
     @property
@@ -239,7 +240,7 @@ class Rig:
         labels, labelling = self._assignment.labels, self._assignment.labellings["shards"]
         recorded = Store(str(self._place / "labels")).recorded(labelling)
         blocks = self._order.blocks
-        if not recorded.written and recorded.missing(0, blocks):
+        if recorded.missing(0, blocks):
             generator = np.random.default_rng(1)
             for block in range(len(blocks)):
                 length = blocks.at(block).length
