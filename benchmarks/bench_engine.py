@@ -19,7 +19,6 @@ a wait for the GPU at its end; windows that warm up do not count.
 """
 
 import argparse
-import logging
 import statistics
 import tempfile
 from collections import defaultdict
@@ -177,7 +176,6 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--precision", choices=get_args(Precision), default="auto")
     asked = parser.parse_args()
-    logging.disable(logging.WARNING)  # of weights that are random, and of DeepSpeed's
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     size = QUICK if asked.quick else GPU if on_gpu else CPU
