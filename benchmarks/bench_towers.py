@@ -1,4 +1,4 @@
-"""How fast are the towers, and a step? `python benchmarks/bench_towers.py [--quick]`.
+"""How fast are the towers, and a step? `python benchmarks/bench_towers.py [--short|--quick]`.
 
 Some twelve minutes on two quiet cores, half of them for torch.compile and for the reference's step,
 which takes up to a minute there; `--only CASE` for one of these cases:
@@ -12,10 +12,11 @@ which takes up to a minute there; `--only CASE` for one of these cases:
   them), then against open_clip's towers and torch alone, and open_clip's `--distill-model`. The
   update is torch's SGD on all sides, without DeepSpeed or Ray.
 
-Weights are random. Compiled is torch.compile: max-autotune with CUDA graphs on a GPU, the default
-mode on a CPU. A call is made again without waiting for the last, but where a step itself waits.
-Rounds go through all providers in turns of order; a ratio is of what was measured in the same
-round, and the median over rounds counts. A provider that fails is told of, and left out.
+Weights are random. Compiled is torch.compile: max-autotune on a GPU, with CUDA graphs (ours: of
+small batches alone), the default mode on a CPU. A call is made again without waiting for the last,
+but where a step itself waits. Rounds go through all providers in turns of order; a ratio is of what
+was measured in the same round, and the median over rounds counts. A provider that fails is told of,
+and left out.
 
 - tflops, share: by the FLOPs that a plain tower takes (the formula is in `config`), and over those
   of a large matrix product of the same dtype in the same run (of bf16, for precisions that are no
@@ -25,7 +26,8 @@ round, and the median over rounds counts. A provider that fails is told of, and 
 - first_call: seconds, with compiling.
 - time_per_flop_over_ours: the same ratio, where the peer does more work, as if it did not.
 
-`--quick` is a smoke test, of small models: its rows tell nothing.
+`--short`: fewer sizes and rounds. `--quick` is a smoke test, of small models: its rows tell
+nothing.
 """
 
 import argparse
@@ -84,6 +86,14 @@ PLANS = {
         least_s=0,
     ),
 }
+
+
+PLANS["cuda, short"] = PLANS["cuda"]._replace(
+    towers=(Tower(L14, 256, False),), steps=(256,), rounds=3, long_rounds=2
+)
+PLANS["cpu, short"] = PLANS["cpu"]._replace(
+    towers=(Tower(B16, 8, False),), steps=(8,), rounds=2, long_rounds=1
+)
 
 
 class Goal(NamedTuple):
@@ -150,12 +160,14 @@ CASES = {"teacher": teacher, "student": student, "tricks": tricks, "step": step}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--only", choices=CASES)
     asked = parser.parse_args()
     logging.disable(logging.WARNING)  # open_clip tells of weights that it has not loaded
     torch.set_num_threads(os.cpu_count() or 1)
     meter = Meter()
-    plan = PLANS["quick" if asked.quick else meter.device.type]
+    kind = f"{meter.device.type}, short" if asked.short else meter.device.type
+    plan = PLANS["quick" if asked.quick else kind]
     rig = Rig(meter, plan, Bench("towers"))
     for case in [asked.only] if asked.only else CASES:
         CASES[case](rig)

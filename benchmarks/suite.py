@@ -66,10 +66,10 @@ CPU = (
     Step(("bench_labels.py", "--only", "overlap", "--rounds", "1"), 270, ("ray",)),
 )
 GPU = (
-    Step(("bench_engine.py",), 220),
-    Step(("bench_towers.py", "--short"), 140),
-    Step(("bench_kernels.py", "--short"), 115),
-    Step(("bench_loader.py", "--short"), 55),
+    Step(("bench_engine.py",), 180),
+    Step(("bench_towers.py", "--short"), 230),
+    Step(("bench_kernels.py", "--short"), 75),
+    Step(("bench_loader.py", "--short"), 45),
 )
 SHOWN = {  # of benches with many metrics, those for the table at the end
     "engine": ("images_per_second", "gpu_busy"),
