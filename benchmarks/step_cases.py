@@ -61,7 +61,7 @@ def step(rig: Rig) -> None:
 def _ours(rig: Rig, pair: Pair, make: Callable[[Precisions, bool], Call], batch: int) -> Works:
     """Ours, compiled and not; and with teachers in eight bits, where there are any."""
     own = default_precisions(rig.device)
-    cost = gflops(pair.teacher.visual) + student_gflops(pair)
+    cost = gflops(pair.teacher.visual) + student_gflops(pair.student.visual)
     works = {"ours": Work(partial(make, own, True), batch, cost, own[0], compiled=True)}
     if rig.meter.cuda or batch == rig.plan.steps[0]:
         works["ours-eager"] = Work(partial(make, own, False), batch, cost, own[0])
@@ -87,7 +87,7 @@ def _reference(rig: Rig, pair: Pair, sdpa: bool = False) -> ReferenceStep:
 
 
 def _reference_work(rig: Rig, pair: Pair, make: Callable[[], Call]) -> Work:
-    cost = gflops(pair.teacher.visual) + student_gflops(pair)
+    cost = gflops(pair.teacher.visual) + student_gflops(pair.student.visual)
     cost += text_gflops(pair.teacher) * len(pair.w_ND) / BATCH
     return Work(make, BATCH, cost, "fp16" if rig.meter.cuda else "fp32")
 

@@ -84,7 +84,7 @@ def student(rig: Rig) -> None:
     device, batch, model = rig.device, rig.plan.student, rig.plan.pair[1]
     own, theirs = default_precisions(device)[1], peer_precisions(device)[1]
     pair = Pair.drawn(model, model, 2)
-    raw, cost = draw_images(batch, pair.pixels, device), student_gflops(pair)
+    raw, cost = draw_images(batch, pair.pixels, device), student_gflops(pair.student.visual)
 
     def open_clip(precision: str, compile: bool) -> Call:
         tower = OpenClipTower(pair.student.visual, DTYPES[precision], device)
@@ -151,7 +151,7 @@ def tricks(rig: Rig) -> None:
         return backward(partial(made, unit=False), raw, made)
 
     names = {"ours": "", **{f"without-{off}": off for off in known._fields}}
-    costs = gflops(pair.teacher.visual), student_gflops(pair)
+    costs = gflops(pair.teacher.visual), student_gflops(pair.student.visual)
     for at, (case, make) in enumerate((("teacher", of_teacher), ("student", of_student))):
         works = {
             name: Work(partial(make, off), batch, costs[at], precisions[at])

@@ -56,9 +56,10 @@ SMALL = {  # for smoke tests
 }
 
 # FLOPs of an image in the plain tower: a trick that leaves work out is to show as speed.
-FORWARD = "n*(24*L*C**2 + 4*L**2*C) + 2*(L-1-P)*3*p**2*C"
-BACKWARD = "n*(24*L*C**2 + 8*L**2*C)"  # to the input alone: no gradients of weights
-TEXT = "n*(24*L*C**2 + 4*L**2*C)"
+# n layers of width C, L tokens of which P are prompts, patches of side p.
+FORWARD = "n(24LC^2 + 4L^2C) + 6(L-1-P)p^2C"
+BACKWARD = "n(24LC^2 + 8L^2C)"  # to the input alone: no gradients of weights
+TEXT = "n(24LC^2 + 4L^2C)"
 
 
 class Pair(NamedTuple):
@@ -115,29 +116,31 @@ def normalised(images_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
     return ((images_BCHW / 255 - mean) / std).to(dtype)
 
 
-def gflops(visual: Any, formula: str = FORWARD, prompts: int = PROMPTS) -> float:
-    """Of an image, in a tower with prompts, whose tokens count in all layers."""
-    side, patch = visual.image_size[0], visual.patch_size[0]
-    sizes = {
-        "n": len(visual.transformer.resblocks),
-        "C": visual.transformer.width,
-        "L": (side // patch) ** 2 + 1 + prompts,
-        "P": prompts,
-        "p": patch,
-    }
-    return eval(formula, sizes) / 1e9
+def gflops(visual: Any, prompts: int = PROMPTS) -> float:
+    """FORWARD of an image, in a tower with prompts, whose tokens count in all layers."""
+    patches, side, width = _patches(visual), visual.patch_size[0], visual.transformer.width
+    layers = _layers(visual.transformer, patches + 1 + prompts, attention=4)
+    return (layers + 6 * patches * side**2 * width) / 1e9
 
 
-def student_gflops(pair: Pair) -> float:
-    """Forward and backward."""
-    return gflops(pair.student.visual) + gflops(pair.student.visual, BACKWARD)
+def student_gflops(visual: Any) -> float:
+    """FORWARD and BACKWARD."""
+    tokens = _patches(visual) + 1 + PROMPTS
+    return gflops(visual) + _layers(visual.transformer, tokens, attention=8) / 1e9
 
 
 def text_gflops(clip: Any) -> float:
-    """Of a sentence."""
-    tower = clip.transformer
-    sizes = {"n": len(tower.resblocks), "C": tower.width, "L": clip.context_length}
-    return eval(TEXT, sizes) / 1e9
+    """TEXT, of a sentence."""
+    return _layers(clip.transformer, clip.context_length, attention=4) / 1e9
+
+
+def _patches(visual: Any) -> int:
+    return int(visual.image_size[0] // visual.patch_size[0]) ** 2
+
+
+def _layers(tower: Any, tokens: int, attention: int) -> int:
+    width = int(tower.width)
+    return len(tower.resblocks) * (24 * tokens * width**2 + attention * tokens**2 * width)
 
 
 # ---------------------------------------------------------------- ours

@@ -5,13 +5,13 @@ as one run has it; a bench whose cases were run at different times has a table f
 """
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.config import UserError
+from engine.json_text import parse_json
 
 __all__ = ["COLUMNS", "Row", "Table", "aligned", "markdown", "newest", "read", "tables"]
 
@@ -83,7 +83,7 @@ def _row(values: Sequence[str], where: str) -> Row:
         except ValueError:
             raise UserError(f"{where}: {column} is no number: {told[column]!r}") from None
     try:
-        told["config"] = json.loads(told["config"])
+        told["config"] = parse_json(told["config"])
     except ValueError as error:
         raise UserError(f"{where}: config is no JSON: {error}") from None
     return Row(**told)

@@ -88,4 +88,4 @@ def fp32_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 def _with(x_BLC: Tensor, prompts_PC: Tensor) -> Tensor:
     # Widened before it is cast: so its gradient is summed over the images in fp32.
-    return torch.cat([x_BLC, prompts_PC.expand(len(x_BLC), -1, -1).to(x_BLC.dtype)], dim=1)
+    return torch.cat([x_BLC, prompts_PC.expand(x_BLC.shape[0], -1, -1).to(x_BLC.dtype)], dim=1)
