@@ -25,6 +25,7 @@ __all__ = [
     "StudentConfig",
     "TargetsConfig",
     "TeacherConfig",
+    "TeacherPrecision",
     "TrainConfig",
     "UserError",
     "absolute",
@@ -34,6 +35,7 @@ __all__ = [
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Compile = Literal["auto", "on", "off"]
+TeacherPrecision = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
 # Metadata of fields that name them.
 PATH, PATHS, SHARDS = {"path": "one"}, {"path": "each"}, {"path": "several"}
 
@@ -165,8 +167,15 @@ class TeacherConfig(Section):
     prompts: str = path_field()
     """Prompts learned by `promptkd pretrain`, or a checkpoint of the reference's PromptSRC or MaPLe
     (model.pth.tar-20). Empty: zero-shot."""
-    precision: Precision = "auto"
-    """auto: fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32."""
+    precision: TeacherPrecision = "auto"
+    """auto: fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32. fp8 (GPUs of compute
+    capability 8.9 or more) and int8 (8.0 or more) are faster there, and are compared with fp16 on
+    the run's first 256 images. On a CPU they are slow, and for trying out."""
+    max_kl: Annotated[float, Range(0)] = 0.02
+    """Of fp8 and int8: largest mean KL, in nats, of the teacher's answers from those in fp16 (CPU:
+    fp32); beyond it the run stops. Features of cosine 0.999 to those of fp16 come to about 0.01."""
+    min_agreement: Annotated[float, Range(0, 1)] = 0.93
+    """Of fp8 and int8: smallest share of images whose top class is that of fp16."""
     weight: Annotated[float, Range(0, above=True)] = 1.0
     """Of this teacher's probabilities, where there are several."""
     actors: Annotated[int, Range(0, 100_000)] = 0

@@ -1,7 +1,6 @@
 """Triton's KL: compiled for an H100, which takes none, and run: natively where there is a GPU, else
 by Triton's interpreter, in its own process, as Triton heeds TRITON_INTERPRET when imported."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -9,11 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from compiling import Compiling
 
 from kernels import triton_kl, triton_pass, triton_rows
 
@@ -23,55 +18,6 @@ KERNELS = {
     triton_kl: ["_finish_features", "_finish_given", "_finish_expected"],
     triton_rows: ["_rows", "_rows_of_top"],
 }
-SHARED = 227 * 1024  # bytes of shared memory that an H100 gives a program
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    int: "i32",
-    float: "fp32",
-}
-
-
-def described(parameter: inspect.Parameter, value: object) -> str:
-    """The type of an argument, as Triton's compiler spells it."""
-    if parameter.annotation is not inspect.Parameter.empty or value is None:
-        return "constexpr"
-    if isinstance(value, Tensor):
-        return f"*{TYPES[value.dtype]}"
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
-    return "constexpr" if type(value) is int and value == 1 else TYPES[type(value)]
-
-
-class Compiling:
-    """A kernel whose launch compiles it for an H100, and no more."""
-
-    def __init__(self, kernel):
-        self.kernel, self.made = kernel, []
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *args, num_warps=4, num_stages=3, enable_fp_fusion=True, **others):
-        signature = inspect.signature(self.kernel.fn)
-        given = signature.bind(*args, **others).arguments
-        types = {name: described(signature.parameters[name], given[name]) for name in given}
-        aligned = {
-            (place,): [["tt.divisibility", 16]]
-            for place, (name, value) in enumerate(given.items())
-            if types[name][0] == "*" or (types[name] == "i32" and value % 16 == 0)
-        }
-        constants = {name: given[name] for name in given if types[name] == "constexpr"}
-        options = {
-            "num_warps": num_warps,
-            "num_stages": num_stages,
-            "enable_fp_fusion": enable_fp_fusion,
-        }
-        source = ASTSource(self.kernel, types, constants, aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        self.made.append(made)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +49,7 @@ def test_every_kernel_compiles_for_an_h100(B, N, D, dtype, monkeypatch):
     triton_kl.given(x_BD, o_BD, weight_B, weight_B, *weigh, 1.0, True)
     triton_kl.expected(x_BD, w_ND, 100.0)
     for module, name in kernels:
-        assert (made := getattr(module, name).made)
-        assert all(each.metadata.shared <= SHARED and "cubin" in each.asm for each in made)
+        assert getattr(module, name).made
 
 
 def test_every_case_of_triton():

@@ -3,7 +3,8 @@
 Letters: B images, L tokens, P prompts, C tower width, H heads.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from open_clip.transformer import QuickGELU
@@ -45,20 +46,23 @@ class Layer(nn.Module):
     ) -> Tensor:
         """The layer's output for the tokens of x, or for the `first` of them alone. All attend to
         `prompts_PC`, fp32, too."""
-        h_BLC = self.ln_1(x_BLC)
+        q_BLC, k_BLC, v_BLC = self._queries_keys_values(x_BLC, first)
         if first:
             x_BLC = x_BLC[:, :1]
-            q_BLC = self._projected(h_BLC[:, :1], 0, 1)
-            k_BLC, v_BLC = self._projected(h_BLC, 1, 3).chunk(2, dim=-1)
-        else:
-            q_BLC, k_BLC, v_BLC = self._projected(h_BLC, 0, 3).chunk(3, dim=-1)
         if prompts_PC is not None:
             k_PC, v_PC = self._keys_values(prompts_PC).chunk(2, dim=-1)
             k_BLC, v_BLC = _with(k_BLC, k_PC), _with(v_BLC, v_PC)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q_BLC, k_BLC, v_BLC))
         attended_BLC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x_BLC = x_BLC + self.ls_1(self.attn.out_proj(attended_BLC))
-        return x_BLC + self.ls_2(self._mlp(self.ln_2(x_BLC), silu))
+        x_BLC = x_BLC + self.ls_1(self._out(attended_BLC))
+        return x_BLC + self.ls_2(self._mlp(x_BLC, silu))
+
+    def _queries_keys_values(self, x_BLC: Tensor, first: bool) -> Sequence[Tensor]:
+        """Of all tokens; queries of the `first` of them alone."""
+        h_BLC = self.ln_1(x_BLC)
+        if not first:
+            return self._projected(h_BLC, 0, 3).chunk(3, dim=-1)
+        return self._projected(h_BLC[:, :1], 0, 1), *self._projected(h_BLC, 1, 3).chunk(2, dim=-1)
 
     def _projected(self, h: Tensor, start: int, stop: int) -> Tensor:
         """Queries (part 0), keys (1) and values (2), one beside the other."""
@@ -72,10 +76,22 @@ class Layer(nn.Module):
             weight, bias = self.attn.in_proj_weight[width:], self.attn.in_proj_bias[width:]
             return F.linear(fp32_norm(self.ln_1, prompts_PC), weight.float(), bias.float())
 
-    def _mlp(self, h: Tensor, silu: bool) -> Tensor:
+    def _out(self, attended_BLC: Tensor) -> Tensor:
+        return self.attn.out_proj(attended_BLC)
+
+    def _mlp(self, x_BLC: Tensor, silu: bool) -> Tensor:
+        h = self.ln_2(x_BLC)
         if not (silu and isinstance(self.mlp.gelu, QuickGELU)):
             return self.mlp(h)
         return self.mlp.c_proj(F.silu(1.702 * self.mlp.c_fc(h)) / 1.702)
+
+    @property
+    def activation(self) -> Literal["gelu", "quick_gelu"] | None:
+        """None: another."""
+        gelu = self.mlp.gelu
+        if isinstance(gelu, QuickGELU):
+            return "quick_gelu"
+        return "gelu" if isinstance(gelu, nn.GELU) and gelu.approximate == "none" else None
 
 
 def fp32_norm(norm: nn.Module, x: Tensor) -> Tensor:

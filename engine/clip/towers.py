@@ -20,7 +20,7 @@ from engine.clip.layers import Layer, Tricks, fp32_norm
 from engine.clip.learned import LearnedPrompts, read_prompts
 from engine.clip.text import TextTower, plain_text
 from engine.clip.weights import LOCAL, check_weights, local_config
-from engine.config import Precision, UserError
+from engine.config import UserError
 from engine.progress import say
 
 __all__ = [
@@ -246,7 +246,7 @@ def trained_precision(precision: P, device: str) -> P | Literal["fp32", "bf16"]:
     return "bf16" if device == "cuda" else "fp32"
 
 
-def half_precision(precision: Precision, device: torch.device) -> Precision:
+def half_precision(precision: P, device: torch.device) -> P | Literal["fp32", "bf16", "fp16"]:
     """Resolves "auto": fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32."""
     if precision != "auto":
         return precision

@@ -54,7 +54,8 @@ class InlineSource:
         return Targets(self._team.form, values_BX, batch.valid_B)
 
     def statement(self) -> dict[str, float]:
-        return {"labelled": self._labelled, "forward_s": self._busy_s}
+        told = {"labelled": self._labelled, "forward_s": self._busy_s}
+        return told | self._team.statement()
 
     def close(self) -> None:
         if self._assembly:

@@ -16,6 +16,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
+from engine.config import UserError
 from engine.data.loader import Batch
 from engine.data.order import Blocks
 from engine.labels.choice import Choice
@@ -56,7 +57,8 @@ class StreamSource:
 
     Raises RuntimeError for a label that is needed and does not come within `timeout_s`, or that
     teachers repeatedly fail to make; that is not finite, or of a wrong shape; or that was made by
-    another teacher, under another view policy, or of another corpus, than this run's.
+    another teacher, under another view policy, or of another corpus, than this run's. A UserError
+    of a teacher's it raises at once.
     """
 
     def __init__(
@@ -241,6 +243,8 @@ class StreamSource:
                 self._seen = ""  # to hear it all anew
                 self._queue.appendleft(wanted)
             except RayTaskError as error:
+                if isinstance(error.cause, UserError):  # which no other try would mend
+                    raise UserError(str(error.cause)) from None
                 self._fail(asked, error.cause)
             except RayError as error:  # the answer was lost on its way
                 self._fail(asked, error)

@@ -1,5 +1,6 @@
 """The frozen teachers: pixels to soft targets, blocks to what is sent of them. Plain torch."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,13 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.clip.class_vectors import ClassVectors
-from engine.clip.towers import DTYPES, Clip, load_clip
+from engine.clip.quantized import full_precision, quantized, require_device
+from engine.clip.towers import DTYPES, Clip, ImageTower, load_clip
 from engine.clip.weights import vision_shape
-from engine.config import RunConfig, TeacherConfig, UserError
+from engine.config import RunConfig, TeacherConfig, TeacherPrecision, UserError
 from engine.data.corpus import Corpus, Sample
 from engine.data.decode import jpeg_decoder
 from engine.data.isolate import AnyDecoder
 from engine.data.views import RULES, ViewPolicy
+from engine.labels.fidelity import Fidelity
 from engine.labels.fusion import fused
 from engine.labels.labelling import Labelling
 from engine.labels.store import Recorded
@@ -108,11 +111,21 @@ def labellings(labels: Labels, corpora: Mapping[str, Corpus], device: str) -> di
 
 
 class Teacher:
-    """A CLIP image tower in half precision, with the prompts it has learned, against class
-    vectors."""
+    """A CLIP image tower in half precision or 8 bits, with the prompts it has learned, against
+    class vectors.
+
+    One in 8 bits is compared, on its first images, with what it was, if it is given a `fidelity`;
+    the tower as it was leaves the device then.
+    """
 
     def __init__(
-        self, clip: Clip, classes: ClassVectors, precision: str, device: torch.device, batch: int
+        self,
+        clip: Clip,
+        classes: ClassVectors,
+        precision: TeacherPrecision,
+        device: torch.device,
+        batch: int,
+        fidelity: Fidelity | None = None,
     ) -> None:
         if clip.fingerprint != classes.teacher:
             raise UserError(
@@ -121,7 +134,12 @@ class Teacher:
             )
         self.scale, self.pixels = clip.logit_scale, clip.image.pixels
         self.w_ND = torch.from_numpy(classes.vectors).to(device)
-        self._tower = clip.image.to(device, DTYPES[precision])
+        self._tower = clip.image.to(device, DTYPES[full_precision(precision, device)])
+        self._fidelity = fidelity
+        self._full = self._tower if fidelity else None  # until that is done
+        if precision == "fp8" or precision == "int8":
+            require_device(precision, device)
+            self._tower = quantized(self._tower, precision)
         self._prompts = None if clip.prompts is None else clip.prompts.vision_KPC.to(device)
         self._device, self._batch = device, batch
 
@@ -129,21 +147,40 @@ class Teacher:
     def load(cls, told: TeacherSpec, device: torch.device) -> "Teacher":
         config = told.config
         clip = load_clip(config.model, config.weights, "teacher.", config.prompts)
-        return cls(clip, told.classes, config.precision, device, config.batch)
+        full = full_precision(config.precision, device)
+        fidelity = Fidelity(config, full) if full != config.precision else None
+        return cls(clip, told.classes, config.precision, device, config.batch, fidelity)
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """Unit features [B, D] fp32 of uint8 images on any device."""
-        parts = [
-            self._tower(part.to(self._device), self._prompts).float()
-            for part in images_BCHW.split(self._batch)
-        ]
-        return F.normalize(torch.cat(parts), dim=-1)
+        """Unit features [B, D] fp32 of uint8 images on any device.
+
+        Raises UserError where the tower is in 8 bits and too far from what it was.
+        """
+        parts = [self._features(part) for part in images_BCHW.split(self._batch)]
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """Logits [B, N] fp32."""
         return logits(self.features(images_BCHW), self.w_ND, self.scale)
+
+    def statement(self) -> dict[str, float]:
+        """What fidelity it has; nothing of a tower that is not in 8 bits."""
+        return self._fidelity.statement() if self._fidelity else {}
+
+    def _features(self, images_BCHW: Tensor) -> Tensor:
+        images_BCHW = images_BCHW.to(self._device)
+        u_BD = self._of(self._tower, images_BCHW)
+        if self._full and self._fidelity:
+            full_BD = self._of(self._full, images_BCHW)
+            self._fidelity.take(*(logits(u, self.w_ND, self.scale) for u in (full_BD, u_BD)))
+            if self._fidelity.done:
+                self._full = None
+        return u_BD
+
+    def _of(self, tower: ImageTower, images_BCHW: Tensor) -> Tensor:
+        return F.normalize(tower(images_BCHW, self._prompts).float(), dim=-1)
 
 
 class Team:
@@ -174,6 +211,13 @@ class Team:
         if len(answers) == 1:
             return shifted(answers[0])
         return shifted(fused(answers, self._weights, self._fusion))
+
+    def statement(self) -> dict[str, float]:
+        """What its teachers tell, together."""
+        total: Counter[str] = Counter()
+        for teacher in self._teachers:
+            total.update(teacher.statement())
+        return dict(total)
 
 
 class Decoded(NamedTuple):
@@ -273,10 +317,11 @@ class Labeller:
                 self._recorded[wanted.corpus].put(wanted, targets)
 
     def statement(self) -> dict[str, float]:
-        """Images labelled, seconds of each step, and blocks that a full store did not take."""
+        """Images labelled, seconds of each step, blocks that a full store did not take, and what
+        the team tells."""
         busy = {f"{step}_s": clock.total_s for step, clock in self._clocks.items()}
         lost = sum(recorded.unrecorded for recorded in self._recorded.values())
-        return {"labelled": self._images, **busy, "unrecorded": lost}
+        return {"labelled": self._images, **busy, "unrecorded": lost, **self._team.statement()}
 
     def close(self) -> None:
         for corpus in self._corpora.values():
