@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from compiling import Compiling
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kernels import quantize, triton_quantize
 from kernels.quantize import LARGEST, activated, normed, product, quantized
 
+scaled_mm = torch._scaled_mm
 HERE = Path(__file__).parent
 KERNELS = ("_quantize", "_norm", "_activate", "_multiply")
 KINDS = ("int8", "fp8")
@@ -111,9 +113,29 @@ def test_operations_can_be_compiled(kind):
     check(quantize._product, (*quantized(x_MK, kind), *weight, bias_N), test_utils=flags)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_torch_takes_what_hopper_is_asked(dtype, monkeypatch):
+    """Layouts, sizes and scales, as torch checks them of GPU tensors that are none: of tokens, of
+    prompts, of one image, and of a part of the weights."""
+    monkeypatch.setattr(quantize, "hopper", lambda device: True)
+    asked = []
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *told, **how: asked.append(how) or scaled_mm(*told, **how)
+    )
+    with FakeTensorMode():
+        for M, K, N in ((65792, 1024, 3072), (256, 4096, 1024), (4, 1024, 2048), (1, 64, 64)):
+            x_MK = torch.empty(M, K, device="cuda").to(torch.float8_e4m3fn)
+            weight_NK = torch.empty(2 * N, K, device="cuda").to(torch.float8_e4m3fn)[N:]
+            scale_M, scale_N = (torch.empty(n, device="cuda") for n in (M, 2 * N))
+            bias_N = torch.empty(2 * N, dtype=dtype, device="cuda")[N:]
+            y_MN = quantize._product._init_fn(x_MK, scale_M, weight_NK, scale_N[N:], bias_N)
+            assert y_MN.shape == (M, N) and y_MN.dtype == dtype
+    assert len(asked) == 4
+
+
 @pytest.mark.parametrize(
     ("arch", "kind"),
-    [(80, "int8"), (89, "int8"), (89, "fp8"), (90, "int8"), (90, "fp8")],
+    [(80, "int8"), (89, "fp8"), (90, "int8"), (90, "fp8")],
 )
 def test_every_kernel_compiles_for_a_gpu(arch, kind, monkeypatch):
     """The interpreter takes more than the compiler does. In tiles of every size."""

@@ -56,6 +56,7 @@ def test_a_tower_of_random_weights_is_near(clip, images, kind):
         told = prompts(depth)
         cosine_B = F.cosine_similarity(ours(images, told), clip.image(images, told))
         assert 0.99 < cosine_B.min() and cosine_B.max() < 1 - 1e-7  # it is not the same
+        assert ours(images[:0], told).shape == (0, clip.image.embed_dim)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,13 +67,13 @@ class QuantizedLayer(Layer):
         del self.attn, self.mlp  # with the weights as they were
 
     def _queries_keys_values(self, x_BLC: Tensor, first: bool) -> tuple[Tensor, ...]:
-        tokens, width = x_BLC.shape[1:]
+        shape, width = x_BLC.shape[:2], x_BLC.shape[2]
         rows = self._normed(self.ln_1, x_BLC)
         if not first:
-            return self.in_proj(rows).unflatten(0, (-1, tokens)).chunk(3, dim=-1)
-        firsts = Quantized(*(t.unflatten(0, (-1, tokens))[:, 0].contiguous() for t in rows))
+            return self.in_proj(rows).unflatten(0, shape).chunk(3, dim=-1)
+        firsts = Quantized(*(t.unflatten(0, shape)[:, 0].contiguous() for t in rows))
         q_BC = self.in_proj(firsts, slice(width))
-        kv_BLC = self.in_proj(rows, slice(width, None)).unflatten(0, (-1, tokens))
+        kv_BLC = self.in_proj(rows, slice(width, None)).unflatten(0, shape)
         return q_BC[:, None], *kv_BLC.chunk(2, dim=-1)
 
     def _keys_values(self, prompts_PC: Tensor) -> Tensor:
