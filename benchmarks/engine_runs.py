@@ -148,7 +148,7 @@ class Rig:
         self._worker = Worker(Task(config, self._assignment, None, "synthetic"), device)
         self._order = _order(size)
         self._worker.order = self._order  # a learning rate goes by it
-        self._team = Team.load(self._assignment.labels, device)
+        self._team = Team.load(self._assignment.labels, device, size.batch)
         shape = (size.batch, 3, size.student.pixels, size.student.pixels)
         images_BCHW = torch.randint(256, shape, dtype=torch.uint8, device=device)
         self._images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)  # as decoded

@@ -72,7 +72,7 @@ def _cpu_s(body: Callable[[], object]) -> float:
 
 
 def _forwards(config: RunConfig) -> Callable[[], object]:
-    team = Team.load(assignment_of(config).labels, torch.device("cpu"))
+    team = Team.load(assignment_of(config).labels, torch.device("cpu"), BATCH)
     images_BCHW = torch.randint(0, 256, (BATCH, 3, PIXELS, PIXELS), dtype=torch.uint8)
     return lambda: team.values({PIXELS: images_BCHW})
 

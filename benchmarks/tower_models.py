@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from engine.clip.compiled import Run, compiled
 from engine.clip.prompts import PromptedTower
+from engine.clip.quantized import full_precision, quantized, require_device
 from engine.clip.towers import DTYPES, ImageTower, half_precision, trained_precision
 from engine.progress import say
 from kernels.kl import Features, distillation
@@ -45,7 +46,7 @@ __all__ = [
     "text_gflops",
 ]
 
-PRECISIONS = {"cuda": ("fp32", "bf16", "fp16"), "cpu": ("fp32", "bf16")}
+PRECISIONS = {"cuda": ("fp32", "bf16", "fp16", "fp8", "int8"), "cpu": ("fp32", "bf16")}
 PROMPTS, DEPTH, KD_WEIGHT, SCALE = 4, 9, 1000.0, 100.0
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 SMALL = {  # for smoke tests
@@ -148,7 +149,12 @@ def _layers(tower: Any, tokens: int, attention: int) -> int:
 
 def image_tower(visual: Any, precision: str, device: torch.device) -> ImageTower:
     """The product's tower, of a copy of the weights."""
-    return ImageTower(copy.deepcopy(visual), MEAN, STD).to(device, DTYPES[precision])
+    tower = ImageTower(copy.deepcopy(visual), MEAN, STD)
+    tower.to(device, DTYPES[full_precision(precision, device)])
+    if precision in DTYPES:
+        return tower
+    require_device(precision, device)
+    return quantized(tower, precision)
 
 
 def fast(tower: ImageTower, images: int, prompts_KPC: Tensor) -> Run:

@@ -171,6 +171,9 @@ class TeacherConfig(Section):
     """auto: fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32. fp8 (GPUs of compute
     capability 8.9 or more) and int8 (8.0 or more) are faster there, and are compared with fp16 on
     the run's first 256 images. On a CPU they are slow, and for trying out."""
+    compile: Compile = "auto"
+    """The tower by torch.compile, which takes a minute or so of the start; auto: on GPUs, where it
+    works there; on: or not at all."""
     max_kl: Annotated[float, Range(0)] = 0.02
     """Of fp8 and int8: largest mean KL, in nats, of the teacher's answers from those in fp16 (CPU:
     fp32); beyond it the run stops. Features of cosine 0.999 to those of fp16 come to about 0.01."""

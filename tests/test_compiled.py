@@ -22,10 +22,10 @@ def some(images: int) -> torch.Tensor:
 
 
 def test_a_compiled_tower_is_the_tower(tower):
-    """Features and the prompts' gradient, of the batch it was compiled for and of any other."""
+    """Features and the prompts' gradient, of the batch it was compiled for, smaller and larger."""
     run = compiled(tower, IMAGES, PROMPTS.clone().requires_grad_(), "on", "student.compile")
     assert run is not tower
-    for images in (IMAGES, IMAGES - 1):
+    for images in (IMAGES, IMAGES - 1, IMAGES + 1):
         told = []
         for forward in (run, tower):
             leaf = (2 * PROMPTS).requires_grad_()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.clip.towers import ImageTower
 from engine.config import Compile, UserError
@@ -26,7 +27,7 @@ _ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 def compiled(
     tower: ImageTower, images: int, prompts_KPC: Tensor | None, asked: Compile, field: str
 ) -> Run:
-    """What gives the features of batches of exactly `images`, and of any others as `tower` does.
+    """What gives the features of batches of `images`; smaller ones are padded, larger ones as ever.
 
     With gradients with respect to the prompts, if `prompts_KPC`, an example of them, takes some.
     `auto` compiles on GPUs, and says so where the compiled tower fails or differs; "on" raises
@@ -45,13 +46,24 @@ def compiled(
     except Exception as error:  # a compiler's, a driver's or the device's: any will do
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     if not why:
-        return lambda images_BCHW, prompts_KPC: (fast if len(images_BCHW) == images else tower)(
-            images_BCHW, prompts_KPC
-        )
+        return _padded(tower, fast, images)
     if asked == "on":
         raise UserError(f"{field}: compiled for {device}, the tower fails: {why}")
     say(f"warning: {field}: the tower is not compiled, since that fails on {device}: {why}")
     return tower
+
+
+def _padded(tower: ImageTower, fast: Run, images: int) -> Run:
+    def run(images_BCHW: Tensor, prompts_KPC: Tensor | None) -> Tensor:
+        lacks = images - len(images_BCHW)
+        if lacks < 0:
+            return tower(images_BCHW, prompts_KPC)
+        if lacks == 0:
+            return fast(images_BCHW, prompts_KPC)
+        padded_BCHW = F.pad(images_BCHW, (*[0] * 6, 0, lacks))
+        return fast(padded_BCHW, prompts_KPC)[: len(images_BCHW)]
+
+    return run
 
 
 def _built(tower: ImageTower, images_BCHW: Tensor, prompts_KPC: Tensor | None) -> Run:

@@ -35,7 +35,7 @@ def labeller_of(assignment: Assignment, device: torch.device) -> Labeller:
         recorded = {name: store.recorded(labelling) for name, labelling in told.items()}
     threads = config.teacher.threads
     return Labeller(
-        Team.load(assignment.labels, device),
+        Team.load(assignment.labels, device, config.corpus.block_samples),
         corpora,
         {
             pixels: decoder_of(policy, config.device, threads, config.corpus)

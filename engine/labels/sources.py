@@ -138,7 +138,7 @@ def source_of(
         recorded = {name: store.recorded(one) for name, one in assignment.labellings.items()}
     inner: TargetSource | None = None
     if source == "inline":
-        team = Team.load(labels, device)
+        team = Team.load(labels, device, config.train.batch // place.workers)
         assert team.pixels == {place.pixels}
         assembly = None
         if recorded:

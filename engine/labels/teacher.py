@@ -1,5 +1,6 @@
 """The frozen teachers: pixels to soft targets, blocks to what is sent of them. Plain torch."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.clip.class_vectors import ClassVectors
+from engine.clip.compiled import Run, compiled
 from engine.clip.quantized import full_precision, quantized, require_device
-from engine.clip.towers import DTYPES, Clip, ImageTower, load_clip
+from engine.clip.towers import DTYPES, Clip, load_clip
 from engine.clip.weights import vision_shape
-from engine.config import RunConfig, TeacherConfig, TeacherPrecision, UserError
+from engine.config import Compile, RunConfig, TeacherConfig, TeacherPrecision, UserError
 from engine.data.corpus import Corpus, Sample
 from engine.data.decode import jpeg_decoder
 from engine.data.isolate import AnyDecoder
@@ -126,7 +128,9 @@ class Teacher:
         device: torch.device,
         batch: int,
         fidelity: Fidelity | None = None,
+        compile: Compile = "off",
     ) -> None:
+        """`batch`: most images of a forward."""
         if clip.fingerprint != classes.teacher:
             raise UserError(
                 "classes.vectors: they were made by another teacher than teacher.model "
@@ -142,14 +146,17 @@ class Teacher:
             self._tower = quantized(self._tower, precision)
         self._prompts = None if clip.prompts is None else clip.prompts.vision_KPC.to(device)
         self._device, self._batch = device, batch
+        self._run = compiled(self._tower, batch, self._prompts, compile, "teacher.compile")
 
     @classmethod
-    def load(cls, told: TeacherSpec, device: torch.device) -> "Teacher":
+    def load(cls, told: TeacherSpec, device: torch.device, images: int) -> "Teacher":
+        """For so many `images` at a time, which are forwarded in equal parts."""
         config = told.config
+        batch = math.ceil(images / math.ceil(images / config.batch))
         clip = load_clip(config.model, config.weights, "teacher.", config.prompts)
         full = full_precision(config.precision, device)
         fidelity = Fidelity(config, full) if full != config.precision else None
-        return cls(clip, told.classes, config.precision, device, config.batch, fidelity)
+        return cls(clip, told.classes, config.precision, device, batch, fidelity, config.compile)
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
@@ -171,7 +178,7 @@ class Teacher:
 
     def _features(self, images_BCHW: Tensor) -> Tensor:
         images_BCHW = images_BCHW.to(self._device)
-        u_BD = self._of(self._tower, images_BCHW)
+        u_BD = self._of(self._run, images_BCHW)
         if self._full and self._fidelity:
             full_BD = self._of(self._full, images_BCHW)
             self._fidelity.take(*(logits(u, self.w_ND, self.scale) for u in (full_BD, u_BD)))
@@ -179,8 +186,8 @@ class Teacher:
                 self._full = None
         return u_BD
 
-    def _of(self, tower: ImageTower, images_BCHW: Tensor) -> Tensor:
-        return F.normalize(tower(images_BCHW, self._prompts).float(), dim=-1)
+    def _of(self, run: Run, images_BCHW: Tensor) -> Tensor:
+        return F.normalize(run(images_BCHW, self._prompts).float(), dim=-1)
 
 
 class Team:
@@ -196,8 +203,9 @@ class Team:
         self._teachers, self._weights, self._fusion = teachers, weights, fusion
 
     @classmethod
-    def load(cls, labels: Labels, device: torch.device) -> "Team":
-        teachers = [Teacher.load(told, device) for told in labels.teachers]
+    def load(cls, labels: Labels, device: torch.device, images: int) -> "Team":
+        """For so many `images` at a time."""
+        teachers = [Teacher.load(told, device, images) for told in labels.teachers]
         weights = [told.config.weight for told in labels.teachers]
         return cls(teachers, labels.form, weights, labels.fusion)
 
