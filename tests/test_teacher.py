@@ -71,6 +71,17 @@ def test_features_are_of_unit_length_and_know_no_batch(clip, teacher, corpus):
     torch.testing.assert_close(teacher.logits(images), scores, rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_teacher_is_the_teacher(clip, corpus):
+    """In forwards of three images; what is left is padded."""
+    classes = encode_classes(clip, FEW, ("a {}.",))
+    plain, fast = (
+        Teacher(clip, classes, "fp32", CPU, batch=3, compile=compile) for compile in ("off", "on")
+    )
+    images = pixels(corpus, 1, 0)
+    assert len(images) % 3
+    torch.testing.assert_close(fast.features(images), plain.features(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("view", [7, TEST_VIEW])
 def test_labels_are_those_of_the_decoded_pixels(team, teacher, corpus, view):
     labeller = labeller_of(team, corpus)

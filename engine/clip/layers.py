@@ -24,8 +24,6 @@ class Tricks(NamedTuple):
     """Prompts that the next layer replaces have keys and values alone, once for all images."""
     patch_product: bool = True
     """Patches are embedded by one matrix product."""
-    silu: bool = True
-    """QuickGELU by SiLU, which is one kernel and keeps one tensor for backward."""
 
 
 class Layer(nn.Module):
@@ -38,11 +36,7 @@ class Layer(nn.Module):
         self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
 
     def forward(
-        self,
-        x_BLC: Tensor,
-        prompts_PC: Tensor | None = None,
-        first: bool = False,
-        silu: bool = True,
+        self, x_BLC: Tensor, prompts_PC: Tensor | None = None, first: bool = False
     ) -> Tensor:
         """The layer's output for the tokens of x, or for the `first` of them alone. All attend to
         `prompts_PC`, fp32, too."""
@@ -55,7 +49,7 @@ class Layer(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q_BLC, k_BLC, v_BLC))
         attended_BLC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x_BLC = x_BLC + self.ls_1(self._out(attended_BLC))
-        return x_BLC + self.ls_2(self._mlp(x_BLC, silu))
+        return x_BLC + self.ls_2(self._mlp(x_BLC))
 
     def _queries_keys_values(self, x_BLC: Tensor, first: bool) -> Sequence[Tensor]:
         """Of all tokens; queries of the `first` of them alone."""
@@ -79,11 +73,8 @@ class Layer(nn.Module):
     def _out(self, attended_BLC: Tensor) -> Tensor:
         return self.attn.out_proj(attended_BLC)
 
-    def _mlp(self, x_BLC: Tensor, silu: bool) -> Tensor:
-        h = self.ln_2(x_BLC)
-        if not (silu and isinstance(self.mlp.gelu, QuickGELU)):
-            return self.mlp(h)
-        return self.mlp.c_proj(F.silu(1.702 * self.mlp.c_fc(h)) / 1.702)
+    def _mlp(self, x_BLC: Tensor) -> Tensor:
+        return self.mlp(self.ln_2(x_BLC))
 
     @property
     def activation(self) -> Literal["gelu", "quick_gelu"] | None:

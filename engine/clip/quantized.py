@@ -84,7 +84,7 @@ class QuantizedLayer(Layer):
         rows = quantize.quantized(attended_BLC.flatten(0, 1), self._kind)
         return self.out_proj(rows).unflatten(0, attended_BLC.shape[:2])
 
-    def _mlp(self, x_BLC: Tensor, silu: bool) -> Tensor:
+    def _mlp(self, x_BLC: Tensor) -> Tensor:
         h_MK = self.c_fc(self._normed(self.ln_2, x_BLC))
         if self._activation:
             rows = quantize.activated(h_MK, self._activation, self._kind)

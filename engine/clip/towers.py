@@ -87,7 +87,7 @@ class ImageTower(nn.Module):
                     # Widened before it is cast: so its gradient is summed over the images in fp32.
                     prompts_BPC = prompts_PC.expand(batch, -1, -1).to(x.dtype)
                     x, prompts_PC = torch.cat([x[:, :tokens], prompts_BPC], dim=1), None
-            x = layer(x, prompts_PC, self.tricks.class_token and i == last, self.tricks.silu)
+            x = layer(x, prompts_PC, self.tricks.class_token and i == last)
         return self.ln_post(x[:, 0]) @ self.proj
 
     def _embedded(self, images_BCHW: Tensor) -> Tensor:
