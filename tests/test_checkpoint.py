@@ -270,6 +270,7 @@ def ran(tmp_path_factory, corpus_folder) -> tuple[Path, list[dict[str, str]]]:
     return folder, run_distributed(work_all, 2, str(folder), runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["prompts", "full"])
 def test_training_draws_no_random_numbers(ran, trainable):
     """So no state of a generator is to be stored: others lead to the same weights, bit by bit."""

@@ -63,8 +63,8 @@ def fuzz(images: int, seed: int) -> dict[str | None, int]:
 
 
 def test_damaged_images_are_pixels_or_a_reason():
-    counted = fuzz(1500, seed=1)
-    assert counted.keys() == {None, "undecodable"} and min(counted.values()) > 150
+    counted = fuzz(600, seed=1)
+    assert counted.keys() == {None, "undecodable"} and min(counted.values()) > 60
 
 
 @pytest.mark.slow

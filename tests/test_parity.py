@@ -123,6 +123,7 @@ def test_student_learns_the_same(parity, learning, world):
     require_the_references_steps(parity, results, 1e-5 if world == 1 else 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("world", [1, 2])
 def test_student_learns_the_same_under_ray(parity, learning, world, tmp_path):

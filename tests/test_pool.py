@@ -480,6 +480,7 @@ def stream_of(pool, assignment, corpus) -> StreamSource:
     return StreamSource(pool.roster, "me/0", told, blocks, *rest)
 
 
+@pytest.mark.slow
 def test_a_killed_teacher_comes_back_however_much_it_is_told(assignment, labeller, corpus, capsys):
     """Ray keeps what is large in its object store, and forgets it with the last reference."""
     told = assignment.labellings["shards"]

@@ -101,6 +101,7 @@ def test_the_number_of_workers_may_change_between_lives(undisturbed, changes, tm
         torch.testing.assert_close(weights(folder)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_worker_told_to_leave_has_all_stop_at_one_step(undisturbed, changes, tmp_path):
     """SIGTERM comes to one of two; what they committed is gone on with by one."""
     told = run_distributed(life, 2, str(tmp_path), changes, "term", 3, 1)

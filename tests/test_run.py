@@ -186,6 +186,7 @@ def test_class_vectors_of_another_teacher_are_refused(domain, local_ray, tmp_pat
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_tuned_teacher_is_distilled_by_several_seeds(domain, local_ray, tmp_path, capsys):
     """Stage I, then stage II with the prompts that it learned, in the actors of the stream."""

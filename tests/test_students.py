@@ -114,6 +114,7 @@ def test_a_store_of_other_labels_is_refused_before_a_run_folder_is_made(pair, do
     assert "seed: 5 here, 1 there" in complaint("--seed", "5")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_one_student_that_fails_disturbs_no_other(domain, local_ray, tmp_path, capsys):
     """Though both learn from the same two teachers, whose images differ in size."""
