@@ -17,6 +17,7 @@ import torch
 
 from engine.report_bench import COLUMNS
 from engine.run_folder import PACKAGES, git
+from engine.telemetry import gpu
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -77,14 +78,14 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def versions() -> str:
-    """Of the packages that are installed: a benchmark may need but some."""
+    """Of the packages that are installed, since a benchmark may need but some, and of a GPU."""
     found = []
     for package in PACKAGES:
         try:
             found.append(f"{package}={version(package)}")
         except PackageNotFoundError:
             continue
-    return " ".join(found)
+    return " ".join(found) + (f"; {told}" if (told := gpu()) else "")
 
 
 def device() -> str:

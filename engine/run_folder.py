@@ -17,6 +17,7 @@ from typing import Any
 from engine import durable
 from engine.config import Run, RunConfig, UserError, absolute, to_dict
 from engine.json_text import parse_json
+from engine.telemetry import gpu
 from engine.train.identity import Identity
 
 __all__ = [
@@ -136,6 +137,7 @@ def _life(**more: Any) -> dict[str, Any]:
     return {
         "started": time.time(),
         "host": socket.gethostname(),
+        "gpu": gpu(),
         **more,
         "versions": versions,
         "git_sha": git("rev-parse", "--verify", "HEAD"),

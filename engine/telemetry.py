@@ -13,7 +13,7 @@ from typing import Any
 
 import pynvml
 
-__all__ = ["GpuSampler", "Recorder", "Stopwatch"]
+__all__ = ["GpuSampler", "Recorder", "Stopwatch", "gpu"]
 
 _LONGEST = 1 << 20  # bytes of a record
 log = logging.getLogger(__name__)
@@ -134,6 +134,21 @@ class GpuSampler:
                 log.warning("no more GPU metrics: %s", error)
                 return
             self._samples.append((used, memory, power_w))
+
+
+def gpu() -> str:
+    """Model and driver of the node's first GPU; empty where NVML finds none."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ""
+    try:
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return f"{name}, driver {pynvml.nvmlSystemGetDriverVersion()}"
+    except pynvml.NVMLError:
+        return ""
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _handle(index: int):

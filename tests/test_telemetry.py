@@ -1,10 +1,11 @@
 import json
+import re
 import time
 
 import pynvml
 import pytest
 
-from engine.telemetry import GpuSampler, Recorder, Stopwatch
+from engine.telemetry import GpuSampler, Recorder, Stopwatch, gpu
 
 
 def test_records_are_lines_and_on_disk_at_once(tmp_path):
@@ -49,8 +50,13 @@ def test_sampler_says_so_where_there_is_no_gpu(caplog):
     with caplog.at_level("INFO"):
         sampler = GpuSampler(0)
     assert [record.message[:14] for record in caplog.records] == ["no GPU metrics"]
-    assert sampler.means() == {}
+    assert sampler.means() == {} and gpu() == ""
     sampler.close()
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_a_name_and_a_driver():
+    assert re.fullmatch(r".+, driver \d+\.[\d.]+", gpu())
 
 
 @pytest.mark.gpu
