@@ -126,8 +126,8 @@ class Run:
 
     def steps(self) -> list[Step]:
         file = self.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        told = map(json.loads, lines)
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        told = [json.loads(line) for line in lines if line.endswith("\n")]  # not one half written
         return [Step(one["time"], one["step"]) for one in told if one["kind"] == "train"]
 
     def furthest(self) -> int:
