@@ -1,8 +1,12 @@
+import copy
+
 import pytest
 import torch
 from tiny import clip_folder
+from torch._dynamo.utils import counters
 
 from engine.clip.compiled import compiled
+from engine.clip.quantized import quantized
 from engine.clip.towers import ImageTower, load_clip
 from engine.config import StudentConfig, UserError
 
@@ -34,6 +38,23 @@ def test_a_compiled_tower_is_the_tower(tower):
             told.append((features.detach(), leaf.grad))
         for ours, right in zip(*told, strict=True):
             torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+
+
+def test_no_images_are_compiled_for_anew(tower):
+    """As decoders and loaders give them: other strides, fewer, or made in inference mode."""
+    run = compiled(tower, IMAGES, PROMPTS, "on", "teacher.compile")
+    graphs = counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        decoded = some(IMAGES).contiguous(memory_format=torch.channels_last)
+        for images in (decoded, some(IMAGES), some(IMAGES - 1), decoded[1:], some(1)):
+            torch.testing.assert_close(run(images, PROMPTS), tower(images, PROMPTS))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_tower_in_8_bits_may_differ_by_some_of_them(tower):
+    """The last digits of fp16 are not the compiler's."""
+    eighth = quantized(copy.deepcopy(tower).half(), "fp8")
+    assert compiled(eighth, IMAGES, PROMPTS, "on", "teacher.compile") is not eighth
 
 
 def test_cpus_compile_where_they_are_told_to(tower):

@@ -193,4 +193,5 @@ def test_it_is_captured_in_a_cuda_graph(gpu, kind):
         compiled = torch.compile(ours, mode="reduce-overhead", fullgraph=True)
         for _ in range(3):
             answer = compiled(images).float().clone()
-        assert F.cosine_similarity(answer, ours(images).float()).min() > 0.9999
+        # Both are rounded to 8 bits, and not from the same last digits.
+        assert F.cosine_similarity(answer, ours(images).float()).min() > COSINE[kind]
