@@ -34,7 +34,7 @@ from models import Tower
 from rows import Bench
 
 from engine.clip.towers import half_precision
-from engine.config import Precision
+from engine.config import TeacherPrecision
 
 GPU = Size(
     "ViT-L/14 to ViT-B/16",
@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=CASES)
-    parser.add_argument("--precision", choices=get_args(Precision), default="auto")
+    parser.add_argument("--precision", choices=get_args(TeacherPrecision), default="auto")
     asked = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -183,7 +183,7 @@ def main() -> None:
 
 
 def measure(
-    size: Size, device: torch.device, precision: Precision, rounds: int, only: str | None
+    size: Size, device: torch.device, precision: TeacherPrecision, rounds: int, only: str | None
 ) -> None:
     """Adds the rows of all cases, or of `only` one."""
     if precision == "auto":

@@ -26,11 +26,11 @@ from engine.clip.towers import load_clip
 from engine.config import (
     ClassesConfig,
     CorpusConfig,
-    Precision,
     RunConfig,
     StudentConfig,
     TargetsConfig,
     TeacherConfig,
+    TeacherPrecision,
     TrainConfig,
 )
 from engine.data import turbojpeg
@@ -136,7 +136,9 @@ class _Traced:
 class Rig:
     """Models, photos and a worker, in a folder of their own; one in a process. close() ends it."""
 
-    def __init__(self, place: Path, size: Size, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self, place: Path, size: Size, device: torch.device, precision: TeacherPrecision
+    ) -> None:
         """`precision`: of the teacher."""
         self.size, self.device, self._place = size, device, place
         self._runs = 0
@@ -281,7 +283,9 @@ def _order(size: Size) -> Order:
     return Order(blocks, size.lanes, size.batch, WINDOW_BLOCKS * size.block, seed=1)
 
 
-def _assignment(place: Path, size: Size, device: torch.device, precision: Precision) -> Assignment:
+def _assignment(
+    place: Path, size: Size, device: torch.device, precision: TeacherPrecision
+) -> Assignment:
     """Models with random weights, class vectors, and the settings of all runs."""
     on_gpu = device.type == "cuda"
     teacher, student = (
@@ -301,7 +305,13 @@ def _assignment(place: Path, size: Size, device: torch.device, precision: Precis
             lanes=size.lanes,
         ),
         classes=ClassesConfig(names="unused"),
-        teacher=TeacherConfig(model=teacher, precision=precision, batch=size.batch),
+        teacher=TeacherConfig(
+            model=teacher,
+            precision=precision,
+            max_kl=1e9,  # of random models the answers tell nothing
+            min_agreement=0.0,
+            batch=size.batch,
+        ),
         student=StudentConfig(
             model=student,
             precision="bf16" if on_gpu else "fp32",
