@@ -7,10 +7,11 @@ which takes up to a minute there; `--only CASE` for one of these cases:
   compiled, in each precision.
 - student: the same of ViT-B/16 with its backward, to prompts and projector.
 - tricks: our towers, eager, with each of their tricks switched off alone, over those with all.
-- step: a whole step, with N = 1000 classes: against the reference's own at batch 8 (`loader`: every
-  side has its own, from the same JPEGs; `resident`: images lie on the device, as a step takes
-  them), then against open_clip's towers and torch alone, and open_clip's `--distill-model`. The
-  update is torch's SGD on all sides, without DeepSpeed or Ray.
+- open_clip: a whole step, with N = 1000 classes, against open_clip's towers and torch alone, and
+  against open_clip's `--distill-model`. The update is torch's SGD on all sides, without DeepSpeed
+  or Ray.
+- reference: the same against the reference's own step at batch 8; `loader`: every side has its own,
+  from the same JPEGs; `resident`: images lie on the device, as a step takes them.
 
 Weights are random. Compiled is torch.compile: max-autotune on a GPU, with CUDA graphs (ours: of
 small batches alone), the default mode on a CPU. A call is made again without waiting for the last,
@@ -41,14 +42,15 @@ from typing import NamedTuple
 import torch
 from meters import Meter
 from rows import Bench
-from step_cases import step
+from step_cases import against_open_clip, against_reference
 from tower_cases import student, teacher, tricks
+from tower_models import PRECISIONS
 from tower_rig import Plan, Rig, Tower
 
 B16, L14 = "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"
 PLANS = {
     "cuda": Plan(
-        towers=(Tower(L14, 32, False), Tower(L14, 128, False), Tower(L14, 256, True)),
+        towers=(Tower(L14, 32), Tower(L14, 128), Tower(L14, 256, PRECISIONS["cuda"])),
         pair=(L14, B16),
         student=256,
         tricks=256,
@@ -60,10 +62,10 @@ PLANS = {
     ),
     "cpu": Plan(
         towers=(
-            Tower(L14, 4, False),
-            Tower(B16, 1, False),
-            Tower(B16, 32, False),
-            Tower(B16, 8, True),
+            Tower(L14, 4),
+            Tower(B16, 1),
+            Tower(B16, 32),
+            Tower(B16, 8, PRECISIONS["cpu"]),
         ),
         pair=(B16, B16),
         student=8,
@@ -75,7 +77,7 @@ PLANS = {
         least_s=0,
     ),
     "quick": Plan(
-        towers=(Tower("small", 2, False), Tower("small", 4, True)),
+        towers=(Tower("small", 2), Tower("small", 4, ("fp32", "bf16"))),
         pair=("small", "small"),
         student=4,
         tricks=4,
@@ -89,10 +91,10 @@ PLANS = {
 
 
 PLANS["cuda, short"] = PLANS["cuda"]._replace(
-    towers=(Tower(L14, 256, False),), steps=(256,), rounds=3, long_rounds=2
+    towers=(Tower(L14, 256, ("bf16", "fp16", "fp8")),), steps=(256,), rounds=3, long_rounds=2
 )
 PLANS["cpu, short"] = PLANS["cpu"]._replace(
-    towers=(Tower(B16, 8, False),), steps=(8,), rounds=2, long_rounds=1
+    towers=(Tower(B16, 8),), steps=(8,), rounds=2, long_rounds=1
 )
 
 
@@ -154,7 +156,13 @@ def summary(rig: Rig) -> Iterable[str]:
         yield f"{case:<36}{provider:<24}{''.join(values)}"
 
 
-CASES = {"teacher": teacher, "student": student, "tricks": tricks, "step": step}
+CASES = {  # what tells the most comes first
+    "open_clip": against_open_clip,
+    "teacher": teacher,
+    "student": student,
+    "tricks": tricks,
+    "reference": against_reference,
+}
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""The case `step` of `bench_towers`: whole steps of distillation, ours and its peers'."""
+"""The cases `open_clip` and `reference` of `bench_towers`: whole steps of distillation, ours and
+those of its peers."""
 
 import os
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 from photos import draw, photos
-from reference_peer import ReferenceStep, loader
+from reference_peer import BATCH, WORKERS, ReferenceStep, loader
 from torch import Tensor
 from tower_models import (
     BACKWARD,
@@ -41,19 +42,22 @@ from tower_rig import Call, Rig, Work, compare
 
 from engine.clip.towers import DTYPES
 
-__all__ = ["step"]
+__all__ = ["against_open_clip", "against_reference"]
 
-BATCH, WORKERS = 8, 8  # the reference's
 JPEG, JPEGS, SHARDS = (500, 375), 256, 8
 CPU = torch.device("cpu")
 Precisions = tuple[str, str]  # of teacher and student
 Works = dict[str, Work]
 
 
-def step(rig: Rig) -> None:
+def against_reference(rig: Rig) -> None:
     pair = Pair.drawn(*rig.plan.pair, rig.plan.classes)
     _reference_loads(rig, pair)
     _reference_resident(rig, pair)
+
+
+def against_open_clip(rig: Rig) -> None:
+    pair = Pair.drawn(*rig.plan.pair, rig.plan.classes)
     for batch in rig.plan.steps:
         _open_clip(rig, pair, batch)
 

@@ -24,6 +24,7 @@ from tower_models import (
 from tower_peers import OpenClipStudent, OpenClipTower, compiled, new_step
 from tower_rig import Call, Rig, Tower, Work, compare
 
+from engine.clip.layers import Tricks
 from engine.clip.towers import DTYPES
 
 __all__ = ["student", "teacher", "tricks"]
@@ -53,7 +54,7 @@ def _teacher(rig: Rig, size: Tower) -> None:
         return forward(fast(tower, batch, prompts) if compile else tower, raw, prompts)
 
     works = {}
-    for precision in PRECISIONS[device.type] if size.whole else {own, theirs}:
+    for precision in size.precisions or {own, theirs}:
         for name, make, compile in (
             ("open_clip", open_clip, precision == theirs),
             ("ours", ours, precision == own or precision != "fp32"),
@@ -62,13 +63,13 @@ def _teacher(rig: Rig, size: Tower) -> None:
                 works[f"{name}-{precision}"] = Work(
                     partial(make, precision, False), batch, cost, precision
                 )
-                if size.whole and compile:
+                if size.precisions and compile:
                     works[f"{name}-compiled-{precision}"] = Work(
                         partial(make, precision, True), batch, cost, precision, compiled=True
                     )
     case = f"teacher, {size.model}, B={batch}"
     config = {"model": size.model, "flops": FORWARD, "prompts": list(prompts.shape[:2])}
-    compare(rig, case, works, config, f"ours-compiled-{own}" if size.whole else f"ours-{own}")
+    compare(rig, case, works, config, f"ours-compiled-{own}" if size.precisions else f"ours-{own}")
 
 
 def forward(run: Callable[..., Tensor], images: Tensor, prompts: Tensor) -> Call:
@@ -131,10 +132,6 @@ def tricks(rig: Rig) -> None:
     pair = Pair.drawn(*rig.plan.pair, 2)
     raw, prompts = draw_images(batch, pair.pixels, device), pair.prompts.vision_KPC.to(device)
     precisions = default_precisions(device)
-    known = getattr(image_tower(pair.student.visual, "fp32", CPU), "tricks", None)
-    if known is None:
-        print("tricks: not measured: these towers have none to switch off", flush=True)
-        return
 
     def switched(tower: Any, off: str) -> Any:
         if off:
@@ -150,7 +147,7 @@ def tricks(rig: Rig) -> None:
         switched(made.tower, off)
         return backward(partial(made, unit=False), raw, made)
 
-    names = {"ours": "", **{f"without-{off}": off for off in known._fields}}
+    names = {"ours": "", **{f"without-{off}": off for off in Tricks._fields}}
     costs = gflops(pair.teacher.visual), student_gflops(pair.student.visual)
     for at, (case, make) in enumerate((("teacher", of_teacher), ("student", of_student))):
         works = {

@@ -22,7 +22,7 @@ class Tower(NamedTuple):
 
     model: str
     images: int
-    whole: bool  # all precisions, and compiled; else the product's own choice, eager
+    precisions: tuple[str, ...] = ()  # eager and compiled; (): the product's own choice, eager
 
 
 class Plan(NamedTuple):

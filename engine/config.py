@@ -252,8 +252,8 @@ class StudentConfig(Section):
                 "student.precision: fp16 is for frozen towers; with student.trainable = "
                 f"{self.trainable} it must be bf16 or fp32"
             )
-        if self.trained_layers != 0 and self.compile == "on":
-            raise UserError("student.compile: on is for frozen towers; here it is trained")
+        if self.compile == "on" and (self.trained_layers != 0 or not self.prompts):
+            raise UserError("student.compile: on is for frozen towers with prompts")
         if self.offload and self.zero_stage == 0:
             raise UserError("student.offload needs student.zero_stage 1, 2 or 3")
 

@@ -34,7 +34,8 @@ def compiled(
 
     With gradients with respect to the prompts, if `prompts_KPC`, an example of them, takes some.
     `auto` compiles on GPUs, and says so where the compiled tower fails or differs; "on" raises
-    UserError, naming `field`, instead. Compiles now; waits for the device.
+    UserError, naming `field`, instead. Compiles now, for as many CPU threads as torch now has;
+    waits for the device.
     """
     device = tower.class_embedding.device
     if asked == "off" or (asked == "auto" and device.type != "cuda"):

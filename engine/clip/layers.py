@@ -86,7 +86,7 @@ class Layer(nn.Module):
 
 
 def fp32_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """A layer norm of any precision, in fp32."""
+    """A layer norm of any precision, in fp32. Its weights are too few for ZeRO-3 to part them."""
     if not isinstance(norm, nn.LayerNorm):  # some towers have none in places
         return norm(x)
     weight, bias = norm.weight.float(), norm.bias.float()

@@ -1,6 +1,7 @@
 """Which target source a run has, and how a student worker builds it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -157,8 +158,19 @@ def source_of(
             shared,
         )
     elif config.targets.source != "store":  # all is recorded, but may turn out to be damaged
-        inner = OnDemandSource(lambda: labeller_of(assignment, device), labels.form, width, device)
+        inner = OnDemandSource(
+            lambda: labeller_of(_uncompiled(assignment), device), labels.form, width, device
+        )
     if not recorded:
         assert inner is not None
         return inner
     return RecordedSource(recorded, blocks, inner, place.kept_samples, labels.form, width, device)
+
+
+def _uncompiled(assignment: Assignment) -> Assignment:
+    """With teachers for a few blocks, in the middle of a run."""
+    teachers = tuple(
+        told._replace(config=replace(told.config, compile="off"))
+        for told in assignment.labels.teachers
+    )
+    return assignment._replace(labels=assignment.labels._replace(teachers=teachers))

@@ -88,6 +88,7 @@ class Worker:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.clip = load_clip(config.student.model, config.student.weights, "student.")
         self.clip.image.to(device, DTYPES[config.student.precision])
+        # Before decoders and collectives, whose threads a CUDA graph must not see at work.
         self.run_tower = self._compiled()
         self.w_ND = torch.from_numpy(self.classes.vectors).to(device)
         self.kernels = _kernels(config.train.kernels, self.w_ND)
@@ -285,12 +286,11 @@ class Worker:
     def _compiled(self) -> Run | None:
         """What runs a frozen tower on this worker's share of a step."""
         told, tower = self.config.student, self.clip.image
-        if told.trained_layers != 0:
+        if told.trained_layers != 0 or not told.prompts:
             return None
-        start = 0.02 * torch.randn(told.depth, told.prompts, tower.width, device=self.device)
-        prompts = start.requires_grad_() if told.prompts else None
+        start_KPC = 0.02 * torch.randn(told.depth, told.prompts, tower.width, device=self.device)
         images = self.config.train.batch // self.world
-        return compiled(tower, images, prompts, told.compile, "student.compile")
+        return compiled(tower, images, start_KPC.requires_grad_(), told.compile, "student.compile")
 
     def _after_pass(self, pass_: int, trainer: "StudentTrainer") -> None:
         if self.config.train.selection == "last":
