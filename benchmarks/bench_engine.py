@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from engine_runs import Rig, Size, cores
+from engine_runs import Rig
+from engine_setup import Size, cores
 from intervals import lines
 from meters import Meter
 from models import Tower

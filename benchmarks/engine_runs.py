@@ -6,70 +6,31 @@ steps, at whose end it waits for the GPU.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from engine_setup import Size, assignment_of, cores, decoder_of, join_group, order_of
 from intervals import Summary, Tracer
-from models import Tower, write_clip
-from peers import why_not
 from photos import photos
 from torch import Tensor
 
-from engine.clip.class_vectors import encode_classes
-from engine.clip.towers import load_clip
-from engine.config import (
-    ClassesConfig,
-    CorpusConfig,
-    RunConfig,
-    StudentConfig,
-    TargetsConfig,
-    TeacherConfig,
-    TeacherPrecision,
-    TrainConfig,
-)
-from engine.data import turbojpeg
-from engine.data.corpus import Corpus, Sample, open_corpora
-from engine.data.decode import Decoder
+from engine.config import TeacherPrecision
+from engine.data.corpus import Corpus, Sample
 from engine.data.loader import Batch
-from engine.data.order import Blocks, Order
-from engine.data.views import ViewPolicy
-from engine.labels.assignment import Assignment
 from engine.labels.inline import InlineSource
 from engine.labels.recorded import RecordedSource
 from engine.labels.store import Store
 from engine.labels.targets import BlockView, SoftTargets, Targets, TargetSource
-from engine.labels.teacher import Labels, TeacherSpec, Team, labellings
+from engine.labels.teacher import Team
 from engine.train.loop import kept, train
 from engine.train.worker import Task, Worker
 
-__all__ = ["Resident", "Rig", "Size", "cores", "rates"]
-
-WINDOW_BLOCKS = 2
-
-
-class Size(NamedTuple):
-    name: str
-    teacher: Tower
-    student: Tower
-    classes: int
-    batch: int
-    block: int  # samples
-    lanes: int
-    photo: tuple[int, int]
-    shards: int  # of a block of photos each
-    steps: int  # of a window
-    warm: int  # windows that do not count
-    windows: int  # that count
-
-    @property
-    def all_steps(self) -> int:
-        return self.steps * (self.warm + self.windows)
+__all__ = ["Resident", "Rig", "rates"]
 
 
 class Resident:
@@ -144,17 +105,17 @@ class Rig:
         self._runs = 0
         torch.set_num_threads(cores())
         self.photos = photos(place / "shards", size.photo, size.shards * size.block, size.shards)
-        self._assignment = _assignment(place, size, device, precision)
-        _join_group(place, device)
+        self._assignment = assignment_of(place, size, device, precision)
+        join_group(place, device)
         config = self._assignment.config
         self._worker = Worker(Task(config, self._assignment, None, "synthetic"), device)
-        self._order = _order(size)
+        self._order = order_of(size)
         self._worker.order = self._order  # a learning rate goes by it
         self._team = Team.load(self._assignment.labels, device, size.batch)
         shape = (size.batch, 3, size.student.pixels, size.student.pixels)
         images_BCHW = torch.randint(256, shape, dtype=torch.uint8, device=device)
         self._images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)  # as decoded
-        self._decoder, self.decodes = _decoder(size, device)
+        self._decoder, self.decodes = decoder_of(size, device)
 
     @property
     def decodable(self) -> bool:
@@ -271,81 +232,3 @@ def rates(file: Path) -> list[float]:
     """Images/s of each record of a run's steps."""
     records = map(json.loads, file.read_text().splitlines())
     return [record["images_per_second"] for record in records if record["kind"] == "train"]
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _order(size: Size) -> Order:
-    """Of a single pass that is as long as a run, so that its only checkpoint is at its end."""
-    blocks = Blocks(np.array([size.all_steps * size.batch]), size.block)
-    return Order(blocks, size.lanes, size.batch, WINDOW_BLOCKS * size.block, seed=1)
-
-
-def _assignment(
-    place: Path, size: Size, device: torch.device, precision: TeacherPrecision
-) -> Assignment:
-    """Models with random weights, class vectors, and the settings of all runs."""
-    on_gpu = device.type == "cuda"
-    teacher, student = (
-        write_clip(place / name, tower)
-        for name, tower in (("teacher", size.teacher), ("student", size.student))
-    )
-    names = tuple(f"class {number}" for number in range(size.classes))
-    classes = encode_classes(load_clip(teacher, "", "teacher."), names, ("{}",))
-    config = RunConfig(
-        name="run",
-        runs_dir=str(place),
-        device="cuda" if on_gpu else "cpu",
-        corpus=CorpusConfig(
-            shards=str(place / "shards"),
-            block_samples=size.block,
-            window_blocks=WINDOW_BLOCKS,
-            lanes=size.lanes,
-        ),
-        classes=ClassesConfig(names="unused"),
-        teacher=TeacherConfig(
-            model=teacher,
-            precision=precision,
-            max_kl=1e9,  # of random models the answers tell nothing
-            min_agreement=0.0,
-            batch=size.batch,
-        ),
-        student=StudentConfig(
-            model=student,
-            precision="bf16" if on_gpu else "fp32",
-            depth=min(9, size.student.layers),
-            threads=cores(),
-        ),
-        targets=TargetsConfig(source="inline"),
-        train=TrainConfig(
-            passes=1,
-            batch=size.batch,
-            lr=1e-5,
-            lr_batch=0,
-            judge_images=10**9,  # of random models nothing is to be learned
-            checkpoint_steps=10**6,
-            log_steps=size.steps,
-        ),
-    )
-    labels = Labels.of(config, [TeacherSpec(config.teacher, classes)], features=False)
-    told = labellings(labels, open_corpora(config.corpus), device.type)
-    return Assignment(config, labels, told, records=False)
-
-
-def _join_group(place: Path, device: torch.device) -> None:
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # which DeepSpeed reads
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{place}/group", rank=0, world_size=1)
-
-
-def _decoder(size: Size, device: torch.device) -> tuple[Decoder | None, str]:
-    """What decodes, and its name; or none, and why."""
-    policy = ViewPolicy(1, size.student.pixels)
-    if device.type == "cuda" and not why_not("dali"):
-        return Decoder(policy, str(device), cores()), "DALI on the GPU"
-    if why := why_not("ours"):
-        return None, why
-    name = "TurboJPEG" if turbojpeg.library() else "DALI"
-    return Decoder(policy, "cpu", cores()), f"{name} on {cores()} cores"
