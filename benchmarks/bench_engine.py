@@ -120,34 +120,29 @@ class Rows:
 
 
 def inline(rows: Rows) -> None:
-    rig = rows.rig
-    sides: dict[str, Callable[[], list[float]]] = {
-        "teacher": rig.teacher,
-        "student": rig.student,
-        "resident": lambda: rig.inline(True),
-    }
-    if rig.decodable:
-        sides["shards"] = lambda: rig.inline(False)
-    ratios = {
-        "inline_over_serial": ("resident", "serial"),
-        "shards_over_resident": ("shards", "resident"),
-    }
-    rows.compared("inline", sides, ratios)
+    stages = {"teacher": rows.rig.teacher, "student": rows.rig.student}
+    _compared(rows, "inline", stages, rows.rig.inline, {"inline_over_serial": "serial"})
 
 
 def store(rows: Rows) -> None:
-    rig = rows.rig
-    sides: dict[str, Callable[[], list[float]]] = {
-        "student": rig.student,
-        "resident": lambda: rig.replay(True),
-    }
-    if rig.decodable:
-        sides["shards"] = lambda: rig.replay(False)
-    ratios = {
-        "replay_over_student": ("resident", "student"),
-        "shards_over_resident": ("shards", "resident"),
-    }
-    rows.compared("store", sides, ratios)
+    stages = {"student": rows.rig.student}
+    _compared(rows, "store", stages, rows.rig.replay, {"replay_over_student": "student"})
+
+
+def _compared(
+    rows: Rows,
+    case: str,
+    stages: Sides,
+    run: Callable[[bool], list[float]],
+    over: Mapping[str, str],
+) -> None:
+    """A `run`, with pixels on the device and from shards, beside its stages alone; `over`: what a
+    ratio has below the resident one."""
+    sides = {**stages, "resident": lambda: run(True)}
+    if rows.rig.decodable:
+        sides["shards"] = lambda: run(False)
+    ratios = {name: ("resident", under) for name, under in over.items()}
+    rows.compared(case, sides, ratios | {"shards_over_resident": ("shards", "resident")})
 
 
 def profile(rows: Rows) -> None:

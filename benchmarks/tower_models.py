@@ -1,7 +1,5 @@
 """CLIPs with random weights, the product's step of distillation with them, and what it costs.
 
-`PRECISIONS` and `image_tower` are all there is to change where the product gets a new precision.
-
 Letters: B images, N classes, P prompts, K prompted layers, C tower width, D class vector width.
 """
 

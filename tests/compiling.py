@@ -1,6 +1,10 @@
-"""Kernels of Triton, compiled for a GPU that is not there."""
+"""Kernels of Triton, compiled for a GPU that is not there, and run by an interpreter."""
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 import triton
@@ -9,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+HERE = Path(__file__).parent
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that such a GPU gives a program
 TYPES = {
     torch.float32: "fp32",
@@ -62,3 +67,17 @@ class Compiling:
         made = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
         assert made.metadata.shared <= SHARED[self.arch] and "cubin" in made.asm
         self.made.append(made)
+
+
+def run_cases(file: str) -> subprocess.CompletedProcess[str]:
+    """Runs pytest on a file of this folder, in a process of its own: on the GPU, or where there is
+    none in Triton's interpreter, which is chosen when Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    return subprocess.run(
+        command,
+        cwd=HERE.parent,
+        env=os.environ | how | {"PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+    )

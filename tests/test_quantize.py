@@ -2,14 +2,9 @@
 these; compiled for GPUs, which takes none, and run: natively where there is a GPU, else by Triton's
 interpreter, in its own process, as Triton heeds TRITON_INTERPRET when imported."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from compiling import Compiling
+from compiling import Compiling, run_cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -17,7 +12,6 @@ from kernels import quantize, triton_quantize
 from kernels.quantize import LARGEST, activated, normed, product, quantized
 
 scaled_mm = torch._scaled_mm
-HERE = Path(__file__).parent
 KERNELS = ("_quantize", "_norm", "_activate", "_multiply")
 KINDS = ("int8", "fp8")
 
@@ -158,13 +152,5 @@ def test_every_kernel_compiles_for_a_gpu(arch, kind, monkeypatch):
 
 
 def test_every_case_of_triton():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    told = subprocess.run(
-        [*command, str(HERE / "quantize_cases.py")],
-        cwd=HERE.parent,
-        env=os.environ | how | {"PYTHONPATH": str(HERE.parent)},
-        capture_output=True,
-        text=True,
-    )
+    told = run_cases("quantize_cases.py")
     assert told.returncode == 0, told.stdout + told.stderr

@@ -1,18 +1,12 @@
 """Triton's KL: compiled for an H100, which takes none, and run: natively where there is a GPU, else
 by Triton's interpreter, in its own process, as Triton heeds TRITON_INTERPRET when imported."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from compiling import Compiling
+from compiling import Compiling, run_cases
 
 from kernels import triton_kl, triton_pass, triton_rows
 
-HERE = Path(__file__).parent
 KERNELS = {
     triton_pass: ["_pass"],
     triton_kl: ["_finish_features", "_finish_given", "_finish_expected"],
@@ -53,13 +47,5 @@ def test_every_kernel_compiles_for_an_h100(B, N, D, dtype, monkeypatch):
 
 
 def test_every_case_of_triton():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    told = subprocess.run(
-        [*command, str(HERE / "triton_cases.py")],
-        cwd=HERE.parent,
-        env=os.environ | how | {"PYTHONPATH": str(HERE.parent)},
-        capture_output=True,
-        text=True,
-    )
+    told = run_cases("triton_cases.py")
     assert told.returncode == 0, told.stdout + told.stderr
