@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from engine_setup import Size, assignment_of, cores, decoder_of, join_group, order_of
+from decoders import decoder_of
+from engine_setup import Size, assignment_of, cores, join_group, order_of
 from intervals import Summary, Tracer
 from photos import photos
 from torch import Tensor
@@ -115,7 +116,8 @@ class Rig:
         shape = (size.batch, 3, size.student.pixels, size.student.pixels)
         images_BCHW = torch.randint(256, shape, dtype=torch.uint8, device=device)
         self._images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)  # as decoded
-        self._decoder, self.decodes = decoder_of(size, device)
+        pixels, batch = size.student.pixels, size.batch
+        self._decoder, self.decodes = decoder_of(pixels, device, cores(), batch)
 
     @property
     def decodable(self) -> bool:

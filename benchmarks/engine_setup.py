@@ -1,4 +1,4 @@
-"""What a run of the engine's benchmark is made of: size, models, settings, group and decoder."""
+"""What a run of the engine's benchmark is made of: size, models, settings and group."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from models import Tower, write_clip
-from peers import why_not
 
 from engine.clip.class_vectors import encode_classes
 from engine.clip.towers import load_clip
@@ -22,15 +21,12 @@ from engine.config import (
     TeacherPrecision,
     TrainConfig,
 )
-from engine.data import turbojpeg
 from engine.data.corpus import open_corpora
-from engine.data.decode import Decoder
 from engine.data.order import Blocks, Order
-from engine.data.views import ViewPolicy
 from engine.labels.assignment import Assignment
 from engine.labels.teacher import Labels, TeacherSpec, labellings
 
-__all__ = ["Size", "assignment_of", "cores", "decoder_of", "join_group", "order_of"]
+__all__ = ["Size", "assignment_of", "cores", "join_group", "order_of"]
 
 WINDOW_BLOCKS = 2
 
@@ -119,14 +115,3 @@ def join_group(place: Path, device: torch.device) -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # which DeepSpeed reads
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{place}/group", rank=0, world_size=1)
-
-
-def decoder_of(size: Size, device: torch.device) -> tuple[Decoder | None, str]:
-    """What decodes, and its name; or none, and why."""
-    policy = ViewPolicy(1, size.student.pixels)
-    if device.type == "cuda" and not why_not("dali"):
-        return Decoder(policy, str(device), cores()), "DALI on the GPU"
-    if why := why_not("ours"):
-        return None, why
-    name = "TurboJPEG" if turbojpeg.library() else "DALI"
-    return Decoder(policy, "cpu", cores()), f"{name} on {cores()} cores"

@@ -243,7 +243,7 @@ def teacher_alone(config: RunConfig) -> Measured:
     times = []
     (node,) = ray.nodes()
     roster = ray.remote(Roster).options(num_cpus=0).remote()
-    ray.get(roster.set.remote([], "", (ray.put(assignment),)))
+    ray.get(roster.set.remote((), "", (ray.put(assignment),)))
     with Meter() as meter:
         teacher = start_teacher(config.teacher, roster, node["NodeID"])
         while wanted or asked:

@@ -148,7 +148,7 @@ def choice(bench: Bench, teachers: int, labels: int) -> None:
         metric = "shared_choice_per_block" if shared else "choice_per_block"
         bench.add(case, "ours", metric, "us", times, config)
     roster = Roster()
-    roster.set(names, "", ())
+    roster.set((names,), "", ())
     first = roster.report("student/0", {}, "")
     later = roster.report("student/0", {}, first.version)
     assert later.teachers is None

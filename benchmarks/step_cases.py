@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from decoders import decoder_of
 from photos import draw, photos
 from reference_peer import BATCH, WORKERS, ReferenceStep, loader
 from torch import Tensor
@@ -41,6 +42,7 @@ from tower_peers import (
 from tower_rig import Call, Rig, Work, compare
 
 from engine.clip.towers import DTYPES
+from engine.progress import say
 
 __all__ = ["against_open_clip", "against_reference"]
 
@@ -99,8 +101,13 @@ def _reference_work(rig: Rig, pair: Pair, make: Callable[[], Call]) -> Work:
 def _reference_loads(rig: Rig, pair: Pair) -> None:
     """Each side with its own loader, from the same JPEGs."""
     threads = os.cpu_count() or 1
+    decoder, decodes = decoder_of(pair.pixels, rig.device, threads, BATCH)
+    if decoder is None:
+        say(f"the reference with loaders is left out: {decodes}")
+        return
     jpegs = draw(JPEG, JPEGS)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stack.callback(decoder.close)
 
         def reference() -> Call:
             made = _reference(rig, pair)
@@ -110,14 +117,14 @@ def _reference_loads(rig: Rig, pair: Pair) -> None:
         def ours(precisions: Precisions, compile: bool) -> Call:
             place = Path(folder) / f"{precisions[0]}-{compile}"
             shards = photos(place, JPEG, JPEGS, SHARDS)
-            batches, close = our_loader(shards, pair.pixels, BATCH, rig.device, threads)
+            batches, close = our_loader(shards, decoder, BATCH, rig.device)
             stack.callback(close)
             made = Ours(pair, rig.device, precisions, BATCH if compile else 0)
             return lambda: made.step(next(batches))
 
         works = {"reference": _reference_work(rig, pair, reference)}
         works |= _ours(rig, pair, ours, BATCH)
-        config = {**_config(rig), "jpeg": list(JPEG), "workers": WORKERS, "threads": threads}
+        config = {**_config(rig), "jpeg": list(JPEG), "workers": WORKERS, "decodes": decodes}
         case = f"step, B={BATCH}, loader"
         compare(rig, case, works, config, "ours", rig.plan.long_rounds)
 

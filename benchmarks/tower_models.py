@@ -4,9 +4,8 @@ Letters: B images, N classes, P prompts, K prompted layers, C tower width, D cla
 """
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import open_clip
 import torch
@@ -19,8 +18,10 @@ from engine.clip.compiled import Run, compiled
 from engine.clip.prompts import PromptedTower
 from engine.clip.quantized import full_precision, quantized, require_device
 from engine.clip.towers import DTYPES, ImageTower, half_precision, trained_precision
-from engine.progress import say
 from kernels.kl import Features, distillation
+
+if TYPE_CHECKING:
+    from engine.data.decode import Decoder
 
 __all__ = [
     "BACKWARD",
@@ -206,36 +207,23 @@ class Ours:
         return loss.detach()
 
 
-def _has_dali() -> bool:
-    packages = ("nvidia", "nvidia.dali")  # to look for the second, the first must be there
-    return all(importlib.util.find_spec(name) is not None for name in packages)
-
-
 def our_loader(
-    photos: Photos, pixels: int, batch: int, device: torch.device, threads: int
+    photos: Photos, decoder: "Decoder", batch: int, device: torch.device
 ) -> tuple[Iterator[Tensor], Callable[[], None]]:
     """Batches on the device, without end, by the product's loader; and how to close it."""
     from engine.data.corpus import Corpus
-    from engine.data.decode import Decoder
     from engine.data.loader import Loader
     from engine.data.order import Order
-    from engine.data.views import ViewPolicy
     from engine.train.loop import training_works
 
     corpus = Corpus.open(str(photos.folder), photos.images // len(photos.shards))
     order = Order(corpus.blocks, 4, batch, 4 * corpus.blocks.block_samples, seed=1)
     passes = 10**6
     works = training_works(order, passes, passes, 0, 1, 0)
-    kind = device.type
-    if kind != "cpu" and not _has_dali():
-        say("DALI is not installed: images are decoded on the CPU")
-        kind = "cpu"
-    decoder = Decoder(ViewPolicy(1, pixels), kind, threads, batch)
     made = Loader(corpus, decoder, works, 1 << 30, device=device)
 
     def close() -> None:
         made.close()
-        decoder.close()
         corpus.close()
 
     return (one.here() for one in made), close

@@ -41,6 +41,16 @@ def test_who_owes_the_least_of_its_time_is_asked():
     assert choice.of(3, both, {"slow": 0}, 1) == "slow"
 
 
+def test_teachers_that_are_gone_count_no_more():
+    choice = chooser()
+    for teacher, took_s in (("gone", 1.0), ("slow", 9.0), ("slower", 30.0)):
+        choice.answered(teacher, took_s, behind=0)
+    both, owed = ["slow", "slower"], {"slow": 1}
+    assert choice.of(0, both, owed, 1) == "slower"  # 4 s, against 8: at most 4 times the fastest
+    choice.keep(both)
+    assert choice.of(1, both, owed, 1) == "slow"  # 18 s, against 30
+
+
 def test_students_prefer_the_same_teacher_for_a_label_unless_it_is_behind():
     mine, others = (chosen(chooser(who, shared=True), 64, TEACHERS) for who in ("a/0", "b/3"))
     assert mine == others and len(set(mine)) > 8
@@ -79,14 +89,14 @@ def test_a_label_takes_one_look_at_each_teacher(shared: bool):
 
 def test_a_roster_sends_its_teachers_to_who_does_not_know_them():
     roster = Roster()
-    roster.set(["a", "b"], "", ())
+    roster.set(("a and b",), "", ())
     first = roster.report("me/0", {}, "")
-    assert first.teachers == ["a", "b"]
-    roster.set(["a", "b"], "", ())
+    assert first.teachers == ("a and b",)
+    roster.set(("a and b",), "", ())
     assert roster.report("me/0", {}, first.version) == (first.version, None, "")
-    roster.set(["a", "c"], "some trouble", ())
+    roster.set(("a and c",), "some trouble", ())
     second = roster.report("me/0", {}, first.version)
-    assert second.teachers == ["a", "c"] and second.trouble == "some trouble"
+    assert second.teachers == ("a and c",) and second.trouble == "some trouble"
     again = Roster()  # after its process has died, it has to be told, and to tell, anew
-    again.set(["a", "c"], "", ())
-    assert again.report("me/0", {}, second.version).teachers == ["a", "c"]
+    again.set(("a and c",), "", ())
+    assert again.report("me/0", {}, second.version).teachers == ("a and c",)

@@ -81,7 +81,7 @@ def started(local_ray):
     def start(assignment):
         roster = ray.remote(Roster).options(num_cpus=0).remote()
         kept.append((roster, ray.put(assignment)))
-        ray.get(roster.set.remote([], "", kept[-1][1:]))
+        ray.get(roster.set.remote((), "", kept[-1][1:]))
         return start_teacher(assignment.config.teacher, roster, node["NodeID"])
 
     return start
@@ -114,7 +114,7 @@ def roster(local_ray):
 
 
 def source_over(roster, teachers, corpus, fingerprints, width, **changes) -> StreamSource:
-    ray.get(roster.set.remote(list(teachers), "", ()))
+    ray.get(roster.set.remote((ray.put(list(teachers)),), "", ()))
     told = {
         "outstanding": 3,
         "workers": 1,
@@ -451,14 +451,14 @@ def test_a_student_without_teachers_goes_on_when_there_is_one(roster, corpus, sm
         source._timeout_s = 2
         source.targets(batch_of(corpus, 0, (1, 0)))
     source._timeout_s = 60
-    ray.get(roster.set.remote(list(actors({})), "", ()))
+    ray.get(roster.set.remote((ray.put(list(actors({}))),), "", ()))
     assert source.targets(batch_of(corpus, 0, (1, 0))).valid_B.all()
     source.close()
 
 
 def test_why_there_are_no_teachers_is_told(roster, corpus, small_stream):
     source = small_stream([])
-    ray.get(roster.set.remote([], "teachers fail to start: no shards", ()))
+    ray.get(roster.set.remote((), "teachers fail to start: no shards", ()))
     with pytest.raises(RuntimeError, match=r"^no label of .*: teachers fail to start: no shards$"):
         source.targets(batch_of(corpus, 0, (1, 0)))
     source.close()

@@ -258,6 +258,19 @@ def test_logit_scales_that_differ_wildly_are_refused(domain, local_ray, tmp_path
         distill(config_of(domain, tmp_path, "scales", *flags))
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_the_user_can_mend_is_tried_once(domain, local_ray, tmp_path):
+    """A worker that finds it out is restarted by Ray Train, and leaves at once."""
+    flags = ("--targets.source", "inline", "--teacher.precision", "int8", "--teacher.max_kl", "0")
+    config = config_of(domain, tmp_path, "refused", *flags)
+    with pytest.raises(UserError, match=r"^teacher\.max_kl: "):
+        distill(config)
+    records = map(json.loads, (config.folder / "metrics.jsonl").read_text().splitlines())
+    starts = [record for record in records if "workers start from" in record.get("text", "")]
+    assert len(starts) == 1 and not (config.folder / "refused.txt").exists()
+
+
 def test_a_list_of_seeds_is_checked(capsys):
     for seeds, complaint in (("1,x", "is not a list of numbers"), ("2,2", "names a seed twice")):
         assert cli.main(["distill", "--name", "a", "--seeds", seeds]) == 2

@@ -52,7 +52,7 @@ def test_labels_that_have_come_leave_the_object_store(small_store, corpus_folder
     """Three times what it holds goes through it, and nothing of it is put on a disk."""
     teachers = [ray.remote(Wide).options(num_cpus=0).remote() for _ in range(2)]
     roster = ray.remote(Roster).options(num_cpus=0).remote()
-    ray.get(roster.set.remote(teachers, "", ()))
+    ray.get(roster.set.remote((ray.put(teachers),), "", ()))
     corpus = Corpus.open(str(corpus_folder), 4)
     told = {"shards": "f"}, {"shards": corpus.blocks}
     source = StreamSource(

@@ -60,6 +60,12 @@ class Choice(Generic[Teacher]):
         before_s = self._pace_s.get(teacher, pace_s)
         self._pace_s[teacher] = _SMOOTH * before_s + (1 - _SMOOTH) * pace_s
 
+    def keep(self, teachers: Sequence[Teacher]) -> None:
+        """The others are gone: what they were like is forgotten."""
+        for seen in (self._known, self._pace_s, self._turns):
+            for gone in seen.keys() - set(teachers):
+                del seen[gone]
+
     def failed(self, teacher: Teacher) -> None:
         """A teacher that fails at once is not fast."""
         self._pace_s[teacher] = _SLOWEST * min(self._pace_s.values(), default=1.0)

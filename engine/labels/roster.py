@@ -1,6 +1,7 @@
 """Who teaches now, and what students report: an actor between driver and students.
 
-It imports next to nothing, so that its process starts at once and stays small.
+It imports next to nothing, so that its process starts at once and stays small. Handles of teachers
+pass through it by reference: Ray imports the class of a handle where it arrives, and with it torch.
 """
 
 import time
@@ -14,23 +15,23 @@ class News(NamedTuple):
     """What the roster tells a student worker."""
 
     version: str  # of the list of teachers
-    teachers: list[Any] | None  # to ask; None: those that it knows
+    teachers: tuple[Any, ...] | None  # a reference to whom to ask; None: those that it knows
     trouble: str  # why there will be none
 
 
 class Roster:
-    """Holds the handles of teachers, or why there are none, what they are to do, and the newest
-    numbers of each student worker."""
+    """Holds who teaches, or why nobody does, what teachers are to do, and the newest numbers of
+    each student worker."""
 
     def __init__(self) -> None:
-        self._teachers: list[Any] = []
+        self._teachers: tuple[Any, ...] = ()
         self._version = uuid.uuid4().hex  # another one after a restart
         self._trouble = ""
         self._assignment: tuple[Any, ...] = ()
         self._reports: dict[str, tuple[float, dict[str, float]]] = {}
 
-    def set(self, teachers: list[Any], trouble: str, assignment: tuple[Any, ...]) -> None:
-        """`assignment` is a reference to what teachers are to do."""
+    def set(self, teachers: tuple[Any, ...], trouble: str, assignment: tuple[Any, ...]) -> None:
+        """References, one each: to a list of teachers, and to what they are to do."""
         if teachers != self._teachers:
             self._teachers, self._version = teachers, uuid.uuid4().hex
         self._trouble, self._assignment = trouble, assignment
@@ -41,8 +42,7 @@ class Roster:
     def report(self, who: str, numbers: dict[str, float], seen: str) -> News:
         """Takes a student worker's numbers; `seen` is the version of the teachers that it knows.
 
-        Only a list that it does not know is sent: every worker reports every few seconds, and the
-        handle of each teacher takes some hundred bytes.
+        Only a list that it does not know is sent: every worker reports every few seconds.
         """
         self._reports[who] = time.monotonic(), numbers
         known = seen == self._version

@@ -71,6 +71,8 @@ class Pool:
         self.roster: ActorHandle = roster.remote()
         self._places: dict[ActorHandle, str] = {}
         self._ready: set[ActorHandle] = set()
+        self._published: list[ActorHandle] = []
+        self._list = ray.put(self._published)
         self._asked: dict[ray.ObjectRef, ActorHandle] = {}  # what they have done
         self._statements: dict[str, dict[str, float]] = {}
         self._past: list[dict[str, float]] = []  # what those said that are gone
@@ -120,8 +122,10 @@ class Pool:
     def _publish(self) -> None:
         """Those that are ready; one that still loads would keep who asks it waiting. Calls of the
         roster come in their order, so that nobody waits for this one."""
-        ready = [teacher for teacher in self._places if teacher in self._ready]
-        self.roster.set.remote(ready or list(self._places), self._trouble, (self._sent,))
+        teachers = [one for one in self._places if one in self._ready] or list(self._places)
+        if teachers != self._published:
+            self._published, self._list = teachers, ray.put(teachers)
+        self.roster.set.remote((self._list,), self._trouble, (self._sent,))
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD_S):

@@ -22,6 +22,7 @@ from engine.train.worker import Task, work
 
 __all__ = ["allow_silence", "run_gang"]
 
+_REFUSAL = "refused.txt"  # of a run folder: the UserError of a worker
 _PART_S = "5"  # for a process group to be taken down: one that has lost a worker never is
 
 
@@ -61,16 +62,22 @@ def run_gang(task: Task) -> dict[str, Any]:
     A worker that does not answer Ray for as long as allow_silence() says has failed: it is stopped,
     or hangs. One that answers has `student.timeout_s` beyond `targets.timeout_s` to join the others
     in a collective. Ray Train restarts all where one has failed; here they are started again where
-    they could not form a group.
+    they could not form a group. What the user can mend no restart will: workers that are started
+    again after a UserError leave at once.
 
     Raises UserError or RunFailed once they have failed more often than allowed, or where Ray Train
     itself has: a controller that dies leaves its placement group behind, and nobody can name it.
     """
     config = task.config
-    story = config.folder / "failure.txt"
+    story, refusal = config.folder / "failure.txt", config.folder / _REFUSAL
+    refusal.unlink(missing_ok=True)
     for times in itertools.count(1):
         try:
-            return _trainer(task).fit().return_value
+            told = _trainer(task).fit().return_value
+            if why := told.get("refused"):
+                refusal.unlink()
+                raise UserError(why)
+            return told
         except SystemExit:  # what Ray Train makes of Ctrl-C
             raise KeyboardInterrupt from None
         except ray.train.ControllerError as failure:
@@ -137,4 +144,11 @@ def _work(told: dict[str, Task]) -> dict[str, Any]:
     hand_over(lambda text: recorder.record("notice", text=text))
     # Here is a thread beside the actor's main one, and only that one may set a signal's handler.
     ray.get(ray.get_runtime_context().current_actor.execute.remote(hear_sigterm))
-    return work(task, get_device())
+    refusal = task.config.folder / _REFUSAL
+    if refusal.exists():
+        return {"refused": refusal.read_text()}
+    try:
+        return work(task, get_device())
+    except UserError as error:
+        refusal.write_text(str(error))
+        raise
