@@ -120,7 +120,7 @@ def learn(
         for pass_, step in [divmod(number, steps)]
     )
     average, ledger = Average(train), Ledger()
-    recorder = Recorder(folder)
+    recorder = Recorder(folder / "metrics.jsonl")
     loader = Loader(shots, decoder, works, shots.block_bytes(0), device=device)
     sums, images, logged = torch.zeros(3, device=device), 0, time.perf_counter()
     try:

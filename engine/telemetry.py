@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,40 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Appends records to `metrics.jsonl`; each is on the disk's queue before record() returns.
+    """Appends records to a file, as JSON lines; each is on the disk's queue before record()
+    returns.
 
     Where one cannot be written, as on a full disk, there are no more, and the run goes on.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = open(folder / "metrics.jsonl", "ab", buffering=0)
-        _mend(Path(self._file.name))
-        self._off = False
+    def __init__(self, file: Path) -> None:
+        self._path = file
+        self._file: FileIO | None = None
+        try:
+            file.parent.mkdir(exist_ok=True)
+            self._file = open(file, "ab", buffering=0)
+            _mend(file)
+        except OSError as error:
+            self._give_up(error.strerror)
 
     def record(self, kind: str, **values: Any) -> None:
-        if self._off:
+        if not self._file:
             return
         line = json.dumps({"time": time.time(), "kind": kind, **values}).encode() + b"\n"
         try:
-            self._off = self._file.write(line) < len(line)
-            why = "No space left on device" if self._off else ""
+            if self._file.write(line) < len(line):
+                self._give_up("No space left on device")
         except OSError as error:
-            self._off, why = True, str(error.strerror)
-        if self._off:
-            log.warning("%s: nothing more is recorded: %s", self._file.name, why)
+            self._give_up(error.strerror)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _give_up(self, why: str | None) -> None:
+        self.close()
+        log.warning("%s: nothing more is recorded: %s", self._path, why)
 
 
 def _mend(file: Path) -> None:
@@ -90,33 +101,43 @@ class Stopwatch:
 
 
 class GpuSampler:
-    """Means of GPU utilisation, memory and power since the last call, by a thread once a second.
+    """Samples a GPU's utilisation, memory and power once a second, by a thread.
 
-    Where NVML is absent it says so in one line, and has nothing to tell.
+    Where there is nothing to sample, `absent` says why.
     """
 
-    def __init__(self, index: int, period_s: float = 1.0) -> None:
-        self._samples: list[tuple[float, float, float]] = []
+    def __init__(self, index: int | None, period_s: float = 1.0) -> None:
+        """Of the CUDA device `index` of this process; of none, where it has none."""
+        self._samples: deque[tuple[float, ...]] = deque(maxlen=1000)  # each with its time
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self.absent = ""
+        if index is None:
+            self.absent = "the run is on the CPU"
+            return
         try:
             pynvml.nvmlInit()
             self._handle = _handle(index)
         except pynvml.NVMLError as error:
-            log.warning("no GPU metrics: %s", error)
+            self.absent = str(error)
             return
         self._thread = threading.Thread(target=self._run, args=(period_s,), daemon=True)
         self._thread.start()
 
-    def means(self) -> dict[str, float]:
-        """gpu_utilisation (0..1), gpu_memory_bytes, gpu_power_w; empty without NVML."""
-        samples, self._samples = self._samples, []
-        if not samples:
-            return {}
-        columns = [sum(column) / len(samples) for column in zip(*samples, strict=True)]
-        return dict(
-            zip(("gpu_utilisation", "gpu_memory_bytes", "gpu_power_w"), columns, strict=True)
-        )
+    def means(self, past_s: float) -> dict[str, float]:
+        """Over the last `past_s` seconds, or else of the last sample: gpu_utilisation (0..1),
+        gpu_memory_bytes, gpu_power_w; empty where there is none."""
+        everything = list(self._samples)
+        since = time.monotonic() - past_s
+        samples = [told for at, *told in everything if at >= since]
+        samples = samples or [told for _, *told in everything[-1:]]
+        names = ("gpu_utilisation", "gpu_memory_bytes", "gpu_power_w")
+        columns = zip(*samples, strict=True)
+        return {n: sum(c) / len(samples) for n, c in zip(names, columns, strict=False)}
+
+    def statement(self, past_s: float) -> dict[str, Any]:
+        """The means, or, under `no_gpu`, why there are none."""
+        return {**self.means(past_s)} or {"no_gpu": self.absent}
 
     def close(self) -> None:
         self._stop.set()
@@ -125,15 +146,17 @@ class GpuSampler:
             pynvml.nvmlShutdown()
 
     def _run(self, period_s: float) -> None:
-        while not self._stop.wait(period_s):
+        while True:
             try:
                 used = pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
                 memory = float(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
                 power_w = pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
             except pynvml.NVMLError as error:  # some GPUs, and parts of GPUs, tell less
-                log.warning("no more GPU metrics: %s", error)
+                self.absent = str(error)
                 return
-            self._samples.append((used, memory, power_w))
+            self._samples.append((time.monotonic(), used, memory, power_w))
+            if self._stop.wait(period_s):
+                return
 
 
 def gpu() -> str:

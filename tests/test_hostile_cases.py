@@ -508,7 +508,7 @@ def test_a_config_nested_without_end_is_named(tmp_path, capsys):
 def test_a_full_disk_costs_the_records_alone(tmp_path, caplog):
     """/dev/full takes nothing, as a full disk does."""
     os.symlink("/dev/full", tmp_path / "metrics.jsonl")
-    recorder = Recorder(tmp_path)
+    recorder = Recorder(tmp_path / "metrics.jsonl")
     for step in range(3):
         recorder.record("train", step=step)
     recorder.close()

@@ -433,7 +433,7 @@ def test_a_teacher_labels_once_for_all_who_ask(started, assignment, labeller):
     answers = ray.get([teacher.label.remote(one) for one in blocks for _ in range(3)])
     for one, answer in zip([one for one in blocks for _ in range(3)], answers, strict=True):
         np.testing.assert_allclose(answer.values, labeller.label(one).values, atol=2e-3)
-    told, _ = ray.get(teacher.statement.remote())
+    told, *_ = ray.get(teacher.statement.remote())
     images = 2 * sum(LENGTHS[:6])
     assert told["labelled"] == images and told["again"] == 2 * images
     ray.kill(teacher)

@@ -9,7 +9,7 @@ from engine.telemetry import GpuSampler, Recorder, Stopwatch, gpu
 
 
 def test_records_are_lines_and_on_disk_at_once(tmp_path):
-    recorder = Recorder(tmp_path)
+    recorder = Recorder(tmp_path / "metrics.jsonl")
     recorder.record("train", step=1, loss=0.5)
     before = time.time()
     recorder.record("note", text="two\nlines")
@@ -23,34 +23,43 @@ def test_records_are_lines_and_on_disk_at_once(tmp_path):
 
 def test_a_later_life_of_a_run_appends(tmp_path):
     for step in (1, 2):
-        recorder = Recorder(tmp_path)
+        recorder = Recorder(tmp_path / "metrics.jsonl")
         recorder.record("train", step=step)
         recorder.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
+def test_a_file_that_cannot_be_made_costs_the_records_alone(tmp_path, caplog):
+    (tmp_path / "telemetry").write_text("in the way")
+    recorder = Recorder(tmp_path / "telemetry" / "worker-0.jsonl")
+    recorder.record("worker", step=1)
+    recorder.close()
+    assert "worker-0.jsonl: nothing more is recorded: File exists" in caplog.text
+
+
 @pytest.mark.parametrize("whole", ["", '{"step": 1}\n'])
 def test_a_record_that_a_full_disk_took_a_part_of_is_cut_off(tmp_path, whole):
     file = tmp_path / "metrics.jsonl"
     file.write_text(whole + '{"step": 2, "lo')
-    recorder = Recorder(tmp_path)
+    recorder = Recorder(tmp_path / "metrics.jsonl")
     recorder.record("train", step=3)
     recorder.close()
     steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
     assert steps == ([1, 3] if whole else [3])
 
 
-def test_sampler_says_so_where_there_is_no_gpu(caplog):
+def test_a_sampler_tells_why_it_has_nothing_to_tell():
+    sampler = GpuSampler(None)
+    assert sampler.means(5) == {} and sampler.absent == "the run is on the CPU"
+    sampler.close()
     try:
         pynvml.nvmlInit()
         pytest.skip("this machine has NVML")
-    except pynvml.NVMLError:
-        pass
-    with caplog.at_level("INFO"):
-        sampler = GpuSampler(0)
-    assert [record.message[:14] for record in caplog.records] == ["no GPU metrics"]
-    assert sampler.means() == {} and gpu() == ""
+    except pynvml.NVMLError as error:
+        why = str(error)
+    sampler = GpuSampler(0)
+    assert sampler.means(5) == {} and sampler.absent == why and gpu() == ""
     sampler.close()
 
 
@@ -63,7 +72,8 @@ def test_a_gpu_has_a_name_and_a_driver():
 def test_sampler_gives_means_of_a_gpu():
     sampler = GpuSampler(0, period_s=0.05)
     time.sleep(0.5)
-    means = sampler.means()
+    means = sampler.means(0.3)
+    assert means.keys() == sampler.means(0).keys(), "of the last sample"
     sampler.close()
     assert 0 <= means["gpu_utilisation"] <= 1
     assert means["gpu_memory_bytes"] > 0 and means["gpu_power_w"] > 0

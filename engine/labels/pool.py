@@ -5,6 +5,7 @@ function. Replies are method returns, which survive their maker's death.
 """
 
 import asyncio
+import socket
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.config import TeacherConfig
 from engine.labels.assignment import Assignment, labeller_of
+from engine.labels.statements import Statement
 from engine.labels.targets import BlockView, SoftTargets
 from engine.progress import hand_over
+from engine.telemetry import GpuSampler
 
 __all__ = ["TeacherActor", "start_teacher"]
 
 _IN_WORK = 4  # blocks of an actor: being read, decoded, labelled, written
+_LATELY_S = 5.0  # that it states means of its GPU over
 
 
 class TeacherActor:
@@ -51,9 +55,18 @@ class TeacherActor:
         self._kept: OrderedDict[BlockView, SoftTargets] = OrderedDict()
         self._kept_bytes, self._most_bytes = 0, int(config.targets.memory_gb * 2**30)
         self._again = 0  # images that were asked for again, and answered without a forward
+        self._queue = 0  # requests that are not answered yet
+        self._gpu = GpuSampler(0 if config.device == "cuda" else None)
+        self._born_s = time.monotonic()
 
     async def label(self, wanted: BlockView) -> SoftTargets:
-        wanted = BlockView(*wanted)
+        self._queue += 1
+        try:
+            return await self._answer(BlockView(*wanted))
+        finally:
+            self._queue -= 1
+
+    async def _answer(self, wanted: BlockView) -> SoftTargets:
         if kept := self._kept.get(wanted):
             self._again += len(kept.valid)
             return kept
@@ -65,11 +78,17 @@ class TeacherActor:
         task.add_done_callback(lambda _: self._coming.pop(wanted))
         return await asyncio.shield(task)  # one who asks may give up, another not
 
-    async def statement(self) -> tuple[dict[str, float], list[str]]:
-        """The labeller's, with `again`: images answered without a forward; and what this process
-        has said since the last time, which nobody would read here."""
+    async def statement(self) -> Statement:
+        """The labeller's, with `again`: images answered without a forward; how it is now; and what
+        this process has said since the last time, which nobody would read here."""
         news, self._news[:] = list(self._news), []
-        return self._labeller.statement() | {"again": self._again}, news
+        now = {
+            "host": socket.gethostname(),
+            "alive_s": time.monotonic() - self._born_s,
+            "queue": self._queue,
+            **self._gpu.statement(_LATELY_S),
+        }
+        return Statement(self._labeller.statement() | {"again": self._again}, now, news)
 
     async def _made(self, wanted: BlockView) -> SoftTargets:
         run, labeller = asyncio.get_running_loop().run_in_executor, self._labeller

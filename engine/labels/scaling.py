@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -13,6 +14,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from engine.labels.assignment import Assignment
 from engine.labels.pool import start_teacher
 from engine.labels.roster import Roster
+from engine.labels.statements import Statement, Statements
 from engine.progress import say
 
 __all__ = ["Node", "Pool", "decided", "placed"]
@@ -59,10 +61,10 @@ class _Seen(NamedTuple):
 
 
 class Pool:
-    """Starts teachers, keeps their number, tells the roster who is ready, and the user what they
-    say. One thread of the driver's."""
+    """Starts teachers, keeps their number, tells the roster who is ready, the user what they say,
+    and the `folders` of the runs that share them what they do. One thread of the driver's."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: Assignment, folders: Sequence[Path] = ()) -> None:
         told = assignment.config.teacher
         self._assignment, self._sent = assignment, ray.put(assignment)
         self._least = max(told.actors, 1)
@@ -75,6 +77,7 @@ class Pool:
         self._list = ray.put(self._published)
         self._asked: dict[ray.ObjectRef, ActorHandle] = {}  # what they have done
         self._statements: dict[str, dict[str, float]] = {}
+        self._records = Statements(folders)
         self._past: list[dict[str, float]] = []  # what those said that are gone
         self._said: set[str] = set()
         self._stillborn, self._trouble = 0, ""
@@ -105,6 +108,7 @@ class Pool:
         """Ends the thread, then the teachers."""
         self._stop.set()
         self._thread.join()
+        self._records.close()
         for actor in (*self._places, self.roster):
             ray.kill(actor)
 
@@ -163,22 +167,23 @@ class Pool:
             if teacher not in self._places:
                 continue  # it has been retired
             try:
-                self._hear(teacher, *ray.get(ref))
+                self._hear(teacher, ray.get(ref))
             except ActorUnavailableError:
                 self._ready.discard(teacher)
             except RayActorError as error:
                 self._replace(teacher, error)
 
-    def _hear(self, teacher: ActorHandle, told: dict[str, float], news: Sequence[str]) -> None:
+    def _hear(self, teacher: ActorHandle, stated: Statement) -> None:
         who = teacher._actor_id.hex()
         before = self._statements.get(who)
-        if before and before["labelled"] > told["labelled"]:  # it has been restarted
+        if before and before["labelled"] > stated.done["labelled"]:  # it has been restarted
             self._past.append(before)
-        self._statements[who] = told
+        self._statements[who] = stated.done
+        self._records.hear(who, stated)
         if teacher not in self._ready:
             self._ready.add(teacher)
             say(f"{len(self._ready)} of {len(self._places)} teachers are ready")
-        for line in news:
+        for line in stated.news:
             self._say_once(f"teacher: {line}")
 
     def _replace(self, teacher: ActorHandle, error: RayActorError) -> None:

@@ -65,6 +65,8 @@ def run_gang(task: Task) -> dict[str, Any]:
     they could not form a group. What the user can mend no restart will: workers that are started
     again after a UserError leave at once.
 
+    Not in a main thread, where Ray Train would hear Ctrl-C, and stop at once.
+
     Raises UserError or RunFailed once they have failed more often than allowed, or where Ray Train
     itself has: a controller that dies leaves its placement group behind, and nobody can name it.
     """
@@ -78,8 +80,6 @@ def run_gang(task: Task) -> dict[str, Any]:
                 refusal.unlink()
                 raise UserError(why)
             return told
-        except SystemExit:  # what Ray Train makes of Ctrl-C
-            raise KeyboardInterrupt from None
         except ray.train.ControllerError as failure:
             if 0 <= config.train.max_failures < times:
                 raise _plain(failure, story) from failure
@@ -140,7 +140,7 @@ def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:
 
 def _work(told: dict[str, Task]) -> dict[str, Any]:
     task = told["task"]
-    recorder = Recorder(task.config.folder)
+    recorder = Recorder(task.config.folder / "metrics.jsonl")
     hand_over(lambda text: recorder.record("notice", text=text))
     # Here is a thread beside the actor's main one, and only that one may set a signal's handler.
     ray.get(ray.get_runtime_context().current_actor.execute.remote(hear_sigterm))

@@ -25,6 +25,8 @@ from engine.train.checkpoint import Checkpoint, Saver
 from engine.train.checkpoint_copy import copy_of
 from engine.train.identity import Identity
 from engine.train.ledger import Ledger, Spoilt
+from engine.train.reports import Reports
+from engine.train.schedule import effective_weight
 from engine.train.stops import Stop, Stopped, Stops
 
 if TYPE_CHECKING:
@@ -83,19 +85,19 @@ def train(
 ) -> Trained:
     """Trains from `start`, or from the beginning, to the last step.
 
-    Rank 0 appends records to metrics.jsonl and writes checkpoints, while training goes on; on
-    return or raise nothing is being written. All workers call `after_pass` with the number of each
-    pass they complete, and raise Collapse, Spoilt or Stopped at the same step: the last two with
-    that step committed, unless the run is another's. Or RunFailed, where the last checkpoint cannot
-    be written.
+    Rank 0 appends records to metrics.jsonl and writes checkpoints, and every rank its reports,
+    while training goes on; on return or raise nothing is being written. All workers call
+    `after_pass` with the number of each pass they complete, and raise Collapse, Spoilt or Stopped
+    at the same step: the last two with that step committed, unless the run is another's. Or
+    RunFailed, where the last checkpoint cannot be written.
     """
     source, order, config, device = setting.source, setting.order, setting.config, setting.device
     rank, world = dist.get_rank(), dist.get_world_size()
     total_steps = config.passes * order.steps
     first = start.step if start else 0
     before_s = start.train_s if start else 0.0
-    recorder = Recorder(setting.folder) if rank == 0 else None
-    gpu = GpuSampler(device.index or 0) if rank == 0 and device.type == "cuda" else None
+    recorder = Recorder(setting.folder / "metrics.jsonl") if rank == 0 else None
+    gpu = GpuSampler(device.index or 0 if device.type == "cuda" else None)
     works = training_works(order, config.passes, config.views or config.passes, rank, world, first)
     memory_bytes = int(setting.data.memory_gb * 2**30)
     loader = Loader(setting.corpus, setting.decoder, works, memory_bytes, device=device)
@@ -105,7 +107,17 @@ def train(
     # A collapse is not to cost more than a pass, where a pass is short.
     period = min(config.checkpoint_steps, max(order.steps, _SHORTEST_PERIOD))
     account = Account(start, order, config, setting.data, trainer.classes, device)
+    reports = Reports(setting.folder, rank, source, loader, account.ledger, gpu)
     started = time.perf_counter()
+    if recorder:
+        recorder.record(
+            "started",
+            step=first,
+            steps=total_steps,
+            passes=config.passes,
+            workers=world,
+            effective_weight=effective_weight(config, trainer.classes),
+        )
 
     def save(step: int) -> None:
         if rank == 0:
@@ -147,8 +159,9 @@ def train(
                         waited_labels_s=source.waited_s,
                         waited_data_s=loader.waited_s,
                         labels=source.statement(),
-                        **(gpu.means() if gpu else {}),
+                        **gpu.means(totals.took_s),
                     )
+                reports.tell(done, last=done == total_steps or stop is not Stop.NONE)
                 try:
                     account.judge(totals)
                 except Spoilt as spoilt:  # what is learned is kept, for who mends the corpus
@@ -168,8 +181,8 @@ def train(
     finally:
         loader.close()
         saver.close()
-        if gpu:
-            gpu.close()
+        gpu.close()
+        reports.close()
         if recorder:
             recorder.close()
     everyone = merged(account.ledger)

@@ -33,7 +33,7 @@ def take(folder: Path, why: str, most: int, rank: int) -> int | None:
 
 def _go_back(folder: Path, why: str, most: int) -> int | None:
     before = taken(folder)
-    recorder = Recorder(folder)
+    recorder = Recorder(folder / "metrics.jsonl")
     recorder.record("notice", text=f"the student has collapsed: {why}")
     step = None
     if len(before) < most:

@@ -45,7 +45,7 @@ class Selection:
             )
         if rank != 0:
             return
-        recorder = Recorder(self._file.parent)
+        recorder = Recorder(self._file.with_name("metrics.jsonl"))
         recorder.record("pass", pass_=pass_, student=score)
         recorder.close()
         if accuracy > self.statement().get("accuracy", -1.0):
