@@ -1,21 +1,32 @@
-"""How far a run is: one live line on a terminal, plain lines elsewhere."""
+"""How far a run is: a live view on a terminal, plain lines elsewhere."""
 
 import json
+import os
+import queue
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 from rich.progress import track as rich_track
 
-__all__ = ["Watch", "say", "track"]
+from engine.live import Record, Run, State, line, told, view
+
+__all__ = ["Sink", "Watch", "leave_terminal", "say", "track"]
 
 T = TypeVar("T")
+Sink = Callable[[str, Record], None]  # of a run, by its name, a record
+_LOOK_S = 1.0
+_QUIET_S, _CI_QUIET_S = 10.0, 60.0  # between plain lines
 _STILL_S = 120.0  # without a step, of which it is told
+_LONGEST = 1 << 20  # bytes of a record
+_MOST_WAITING = 10_000  # records, for a sink
+_END_S = 10.0  # for a sink to take the last ones
 
 _console = Console(stderr=True, highlight=False)
 _listeners: list[Callable[[str], None]] = []  # the last counts
@@ -35,20 +46,37 @@ def hand_over(listener: Callable[[str], None]) -> None:
     _listeners.append(listener)
 
 
+def leave_terminal() -> None:
+    """Before a process ends that cannot tidy up: a live view hides the cursor."""
+    _console.show_cursor(True)
+
+
 def track(items: Iterable[T], what: str) -> Iterable[T]:
     """The items, with a bar on a terminal; it pulses where their number is not known."""
     return rich_track(items, what, console=_console, disable=not sys.stderr.isatty())
 
 
 class Watch:
-    """Follows the metrics.jsonl of one or several runs, by name, while the caller waits for them.
+    """Follows the metrics.jsonl of one or several runs, by name, and the telemetry/ beside it,
+    while the caller waits for them; hands each new record to the sinks.
 
-    On a terminal it draws a bar each; elsewhere it prints lines at most every `quiet_s` seconds.
+    On a terminal it draws a view of them; elsewhere, and where the environment has CI, it prints a
+    line for each run at most every `quiet_s` seconds: 10, or 60 under CI.
+
+    A sink that raises is told of, and gets nothing more; one that is slow keeps nobody waiting.
     """
 
-    def __init__(self, metrics: Mapping[str, Path], quiet_s: float = 10.0) -> None:
-        self._tails = {name: _Tail(file) for name, file in metrics.items()}
-        self._quiet_s = quiet_s
+    def __init__(
+        self, files: Mapping[str, Path], sinks: Sequence[Sink] = (), quiet_s: float | None = None
+    ) -> None:
+        self._files, self._sinks = files, [_Sunk(sink) for sink in sinks]
+        ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+        self._draws = sys.stderr.isatty() and not _console.is_dumb_terminal and not ci
+        self._quiet_s = quiet_s or (_CI_QUIET_S if ci else _QUIET_S)
+        # Of the files that are there, what is written from now on.
+        there = [file for metrics in files.values() for file in _beside(metrics)]
+        self._tails = {file: _Tail(file, _end(file)) for file in there}
+        self._state = State({name: Run() for name in files})
         self._said: set[tuple[str, str]] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
@@ -65,80 +93,152 @@ class Watch:
     ) -> None:
         self._done.set()
         self._thread.join()
+        deadline = time.monotonic() + _END_S
+        for sunk in self._sinks:
+            sunk.close(deadline)
+
+    def at_work(self) -> bool:
+        """Whether the workers of any run have begun to train."""
+        return any(run.began for run in self._state.runs.values())
 
     def _follow(self) -> None:
-        if not sys.stderr.isatty():
+        if self._draws:
+            self._draw()
+        else:
             self._print_lines()
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[told]}"),
-        )
-        with Progress(*columns, console=_console, transient=True) as bar:
-            waits = "waiting for the first step"
-            tasks = {name: bar.add_task(waits, total=None, told="") for name in self._tails}
-            while not self._done.wait(0.5):
-                for name, record in self._news():
-                    bar.update(
-                        tasks[name],
-                        description=f"{self._named(name)}training",
-                        completed=record["step"],
-                        total=record["steps"],
-                        told=_told(record),
-                    )
+
+    def _draw(self) -> None:
+        size, done = _console.size, False
+        drawing = Live(console=_console, auto_refresh=False, transient=True, redirect_stdout=False)
+        with drawing:
+            while not done:
+                done = self._done.wait(_LOOK_S)
+                self._look()
+                if size != _console.size:  # what was drawn may lie in other lines now
+                    size = _console.size
+                    _console.clear()
+                drawing.update(view(self._state, time.time(), *size), refresh=True)
 
     def _print_lines(self) -> None:
-        done, still_s, told_s = False, 0.0, 0.0
+        told_s = step_s = time.monotonic()
+        still_s, done = 0.0, False
+        fresh: set[str] = set()
         while not done:
-            done = self._done.wait(self._quiet_s)
-            still_s += self._quiet_s
-            for name, record in self._news():
-                say(f"{self._named(name)}step {record['step']}/{record['steps']} · {_told(record)}")
-                still_s = told_s = 0.0
-            if still_s >= told_s + _STILL_S:
-                told_s = still_s
+            done = self._done.wait(min(_LOOK_S, self._quiet_s))
+            trained, now_s = self._look(), time.monotonic()
+            if trained:
+                fresh |= trained
+                step_s, still_s = now_s, 0.0
+            if fresh and (done or now_s - told_s >= self._quiet_s):
+                for name in sorted(fresh):
+                    say(f"{self._named(name)}{line(self._state.runs[name], time.time())}")
+                fresh.clear()
+                told_s = now_s
+            if now_s - step_s >= still_s + _STILL_S:
+                still_s = now_s - step_s
                 say(f"no step in the last {still_s:.0f} s")
 
-    def _news(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The newest training record of each run that has one; says what the runs have to say."""
-        for name, tail in self._tails.items():
-            records = tail.read()
-            for record in records:
-                # Workers may have the same to say.
-                if record["kind"] == "notice" and (name, record["text"]) not in self._said:
-                    self._said.add((name, record["text"]))
-                    say(f"{self._named(name)}{record['text']}")
-            if train := [record for record in records if record["kind"] == "train"]:
-                yield name, train[-1]
+    def _look(self) -> set[str]:
+        """Takes in the new records, and hands them on; names the runs that have trained."""
+        trained = set()
+        for name, metrics in self._files.items():
+            for file in _beside(metrics):
+                tail = self._tails.setdefault(file, _Tail(file, 0))
+                for record in tail.read():
+                    self._hear(name, record)
+                    self._state = told(self._state, name, record)
+                    for sunk in self._sinks:
+                        sunk.take(name, record)
+                    if record["kind"] == "train":
+                        trained.add(name)
+        return trained
+
+    def _hear(self, name: str, record: Record) -> None:
+        if record["kind"] == "notice":
+            self._say_once(name, f"{self._named(name)}{record['text']}")
+        if "no_gpu" in record:
+            self._say_once("", f"no GPU metrics: {record['no_gpu']}")
+
+    def _say_once(self, name: str, text: str) -> None:
+        """Workers may have the same to say."""
+        if (name, text) not in self._said:
+            self._said.add((name, text))
+            say(text)
 
     def _named(self, name: str) -> str:
-        return f"{name}: " if len(self._tails) > 1 else ""
+        return f"{name}: " if len(self._files) > 1 else ""
+
+
+def _beside(metrics: Path) -> list[Path]:
+    """The file itself, and those of workers and teachers."""
+    telemetry = metrics.parent / "telemetry"
+    return [metrics, *sorted(telemetry.glob("worker-*.jsonl")), telemetry / "teachers.jsonl"]
+
+
+def _end(file: Path) -> int:
+    """Of the whole records of a file: a part of one is going to be cut off."""
+    if not file.exists():
+        return 0
+    with open(file, "rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(max(0, size - _LONGEST))
+        tail = opened.read()
+    return size - len(tail) + tail.rfind(b"\n") + 1
 
 
 class _Tail:
-    """The records that are written to a file from now on."""
+    """The whole records of a file from `offset` on."""
 
-    def __init__(self, file: Path) -> None:
-        self._file, self._offset = file, file.stat().st_size if file.exists() else 0
+    def __init__(self, file: Path, offset: int) -> None:
+        self._file, self._offset = file, offset
 
-    def read(self) -> list[dict[str, Any]]:
-        """The whole records written since the last time."""
-        if not self._file.exists():
+    def read(self) -> list[Record]:
+        """Those written since the last time."""
+        try:
+            if self._file.stat().st_size <= self._offset:
+                return []
+            with open(self._file, "rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:  # it is not there yet, or its server is away
             return []
-        with open(self._file) as file:
-            file.seek(self._offset)
-            text = file.read()
-        whole = text[: text.rfind("\n") + 1]
-        self._offset += len(whole.encode())
-        return [json.loads(line) for line in whole.splitlines()]
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(one) for one in whole.splitlines()]
 
 
-def _told(record: dict[str, Any]) -> str:
-    right = "agreement" if "agreement" in record else "accuracy"
-    return (
-        f"pass {record['pass_'] + 1} · {record['images_per_second']:,.0f} img/s · "
-        f"loss {record['loss']:.3f} · {right} {100 * record[right]:.1f} %"
-    )
+class _Sunk:
+    """A sink, which takes its records in a thread of its own."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._name = getattr(sink, "__name__", type(sink).__name__)
+        self._waiting: queue.Queue[tuple[str, Record] | None] = queue.Queue()
+        self._off = False
+        self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
+        self._thread.start()
+
+    def take(self, name: str, record: Record) -> None:
+        if not self._off:
+            self._waiting.put((name, record))
+            if self._waiting.qsize() > _MOST_WAITING:
+                self._drop(f"{_MOST_WAITING} of them wait")
+
+    def close(self, deadline: float) -> None:
+        """Waits until it has taken what it was handed, up to a `deadline` of time.monotonic()."""
+        if not self._off:
+            self._waiting.put(None)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            if self._thread.is_alive():
+                self._drop("it is too slow for the last of them")
+
+    def _run(self) -> None:
+        while not self._off and (one := self._waiting.get()):
+            try:
+                self._sink(*one)
+            except Exception as error:  # a broken tracker stops no run
+                self._drop(f"{type(error).__name__}: {error}")
+
+    def _drop(self, why: str) -> None:
+        self._off = True
+        say(f"warning: {self._name} gets no more records: {why}")

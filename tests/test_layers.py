@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("engine.durable",),
+    ("engine.durable", "engine.live"),
     (
         "engine.config",
         "engine.telemetry",
@@ -46,7 +46,7 @@ PLACES = {
     "aiohttp": ("engine/data/web.py",),
     "yarl": ("engine/data/web.py",),
     "tyro": ("engine/parse.py",),
-    "rich": ("engine/progress.py",),
+    "rich": ("engine/progress.py", "engine/live.py"),
     "matplotlib": ("engine/plots.py",),
     "psutil": ("engine/train/gang.py",),
     "pynvml": ("engine/telemetry.py",),
