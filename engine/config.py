@@ -49,8 +49,12 @@ class RunFailed(RuntimeError):
 
 
 class Drained(KeyboardInterrupt):
-    """SIGTERM has stopped a run, which `--resume` goes on with. No `except Exception` is to keep
+    """A signal has stopped a run, which `--resume` goes on with. No `except Exception` is to keep
     it."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from engine.config import Drained, RunConfig, RunFailed, UserError
 from engine.data.corpus import open_corpora
 from engine.labels.scaling import Pool
 from engine.progress import say
-from engine.sigterm import Sigterm
+from engine.signals import Signals
 from engine.train import checkpoint
 from engine.train.evaluate import Score
 from engine.train.gang import run_gang
@@ -23,21 +23,18 @@ Summary = dict[str, Any]
 Outcome = Summary | Exception | Drained
 
 
-def outcome_of(task: Task, pool: Pool | None, sigterm: Sigterm, started: float) -> Outcome:
+def outcome_of(task: Task, pool: Pool | None, signals: Signals, started: float) -> Outcome:
     """Trains a student to its end, and writes what became of it."""
     config = task.config
     failure: Exception | Drained | None
     try:
         told = run_gang(task)
-        while told.get("stopped") == Stop.WORKER and not sigterm.asked:
+        while told.get("stopped") == Stop.WORKER and not signals.heard:
             say(f"a worker is to leave: step {told['step']} is committed; starting workers again")
             told = run_gang(task)
-        failure = _failure(config, told)
+        failure = _failure(config, told, signals)
     except (UserError, RunFailed) as error:
         failure = error
-    except KeyboardInterrupt:
-        write_ledger(task)
-        raise
     if _is_lost(task):
         return RunFailed(
             f"{config.folder} has been taken over by another driver; lease.json names it"
@@ -54,10 +51,12 @@ def outcome_of(task: Task, pool: Pool | None, sigterm: Sigterm, started: float) 
     return summary
 
 
-def _failure(config: RunConfig, told: dict[str, Any]) -> RunFailed | Drained | None:
+def _failure(
+    config: RunConfig, told: dict[str, Any], signals: Signals
+) -> RunFailed | Drained | None:
     """Why there is no summary."""
     if told.get("stopped"):
-        return Drained(f"ended by SIGTERM after step {told['step']}; --resume goes on from there")
+        return signals.drained(f" after step {told['step']}; --resume goes on from there")
     if why := told.get("failed"):
         return RunFailed(why)
     if why := told.get("spoilt"):

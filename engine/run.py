@@ -6,7 +6,7 @@ A run may have several lives, each with a driver of its own: --resume begins the
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from engine.labels.scaling import Pool
 from engine.outcome import Outcome, Summary, outcome_of, write_ledger
 from engine.preflight import check
 from engine.progress import Watch, say
-from engine.sigterm import Sigterm
+from engine.signals import Signals
 from engine.staff import arranged
 from engine.telemetry import Recorder
 from engine.together import check_together
@@ -40,7 +40,8 @@ def distill(config: RunConfig, resume: bool = False) -> Summary:
     on from the newest checkpoint of its folder; of a run that has ended, only the summary is given.
 
     Raises UserError for what the user can mend, before any model is built, RunFailed where the
-    student workers fail for good, and Drained on SIGTERM.
+    student workers fail for good, Drained where a signal has ended it with nothing lost, and
+    KeyboardInterrupt where Ctrl-C has stopped it at once.
     """
     if resume:
         checkpoint_copy.prepare(config, resume)
@@ -62,7 +63,7 @@ def distill_students(configs: Mapping[str, RunConfig], resume: bool = False) -> 
     configs = {name: absolute(config) for name, config in configs.items()}
     check_together(configs)
     with ExitStack() as stack:
-        sigterm = stack.enter_context(Sigterm())
+        signals = stack.enter_context(Signals())
         leases = {}
         for name, config in configs.items():
             checkpoint_copy.prepare(config, resume)
@@ -77,7 +78,7 @@ def distill_students(configs: Mapping[str, RunConfig], resume: bool = False) -> 
         for name in outcomes:
             say(f"{configs[name].folder} has ended already")
         if left := {name: one for name, one in configs.items() if name not in outcomes}:
-            outcomes |= _distill(left, resume, leases, sigterm, stack)
+            outcomes |= _distill(left, resume, leases, signals, stack)
     return {name: outcomes[name] for name in configs}
 
 
@@ -85,7 +86,7 @@ def _distill(
     configs: dict[str, RunConfig],
     resume: bool,
     leases: dict[str, lease.Lease],
-    sigterm: Sigterm,
+    signals: Signals,
     stack: ExitStack,
 ) -> dict[str, Outcome]:
     """distill_students(), of those that have not ended; leases are of folders that are there."""
@@ -100,7 +101,7 @@ def _distill(
     students = [config.student for config in configs.values()]
     needed = cluster.wanted(first, students, may_stream)["CPU"]
     stack.enter_context(cluster.session(first.ray.address, needed))
-    sigterm.listen()
+    signals.listen()
     configs = {name: cluster.resolve(config) for name, config in configs.items()}
     clips = _clips(configs)
     assignment, choice = arranged([*configs.values()], clips.values(), names)
@@ -132,7 +133,8 @@ def _distill(
         vectors = config.folder / "class_vectors.safetensors"
         if not vectors.exists():
             assignment.labels.teachers[0].classes.save(vectors)
-    pool = stack.enter_context(closing(Pool(assignment))) if streams else None
+    folders = [config.folder for config in configs.values()]
+    pool = stack.enter_context(closing(Pool(assignment, folders))) if streams else None
     tasks = {
         name: Task(
             config,
@@ -149,8 +151,8 @@ def _distill(
     for config in configs.values():
         say(recipe(config, len(names)))
     say(placement([*configs.values()], choice))
-    with sigterm.workers([leases[name] for name in tasks]):
-        return _train(tasks, pool, sigterm, {name: started - one for name, one in before_s.items()})
+    held = [leases[name] for name in tasks]
+    return _train(tasks, pool, signals, held, {n: started - one for n, one in before_s.items()})
 
 
 def _with_old_classes(configs: dict[str, RunConfig]) -> dict[str, RunConfig]:
@@ -179,7 +181,7 @@ def _go_on(config: RunConfig) -> float:
     saved = saved or checkpoint_copy.restored(config)
     where = f"step {saved.step}" if saved else "step 0: there is no checkpoint yet"
     text = f"resumed, on {config.student.workers} workers, from {where}; life {life} of the run"
-    recorder = Recorder(config.folder)
+    recorder = Recorder(config.folder / "metrics.jsonl")
     recorder.record("resumed", text=text, step=saved.step if saved else 0, life=life)
     recorder.close()
     say(text)
@@ -205,22 +207,25 @@ def _zero_shot(config: RunConfig, clip: Clip, names: tuple[str, ...]) -> ClassVe
 
 
 def _train(
-    tasks: Mapping[str, Task], pool: Pool | None, sigterm: Sigterm, started: Mapping[str, float]
+    tasks: Mapping[str, Task],
+    pool: Pool | None,
+    signals: Signals,
+    leases: Sequence[lease.Lease],
+    started: Mapping[str, float],
 ) -> dict[str, Outcome]:
     allow_silence(max(task.config.student.timeout_s for task in tasks.values()))
-    with Watch({name: task.config.folder / "metrics.jsonl" for name, task in tasks.items()}):
-        if len(tasks) == 1:  # Ray Train hears Ctrl-C in the main thread alone
-            return {n: outcome_of(task, pool, sigterm, started[n]) for n, task in tasks.items()}
-        outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = {}
 
-        def train(name: str) -> None:
-            try:
-                outcomes[name] = outcome_of(tasks[name], pool, sigterm, started[name])
-            except Exception as error:  # the other students are to end in peace
-                outcomes[name] = error
+    def train(name: str) -> None:
+        try:
+            outcomes[name] = outcome_of(tasks[name], pool, signals, started[name])
+        except Exception as error:  # the other students are to end in peace
+            outcomes[name] = error
 
-        # Daemons, since one that waits for Ray would keep an interrupted process alive.
-        threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in tasks]
+    # Daemons, since one that waits for Ray would keep an interrupted process alive.
+    threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in tasks]
+    files = {name: task.config.folder / "metrics.jsonl" for name, task in tasks.items()}
+    with Watch(files) as watch, signals.workers(leases, watch.at_work):
         for thread in threads:
             thread.start()
         try:
@@ -232,4 +237,4 @@ def _train(
                 if name not in outcomes:
                     write_ledger(task)
             raise
-        return {name: outcomes[name] for name in tasks}
+    return {name: outcomes[name] for name in tasks}

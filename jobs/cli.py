@@ -28,7 +28,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and gives its exit code: 0 done, 1 failed, 2 for what the user can mend, 130
-    after Ctrl-C, 143 drained after SIGTERM."""
+    after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_help())
@@ -61,9 +61,9 @@ def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], nam
         return 2
     except Drained as word:
         print(f"promptkd {name}: {word}", file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
-        print(f"promptkd {name}: interrupted", file=sys.stderr)
+        return word.exit_code
+    except KeyboardInterrupt as word:
+        print(f"promptkd {name}: {f'{word}' or 'interrupted'}", file=sys.stderr)
         return 130
 
 

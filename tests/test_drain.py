@@ -104,22 +104,27 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
     return Bundle.load(folder / "bundle.safetensors").learned
 
 
-def test_a_drained_run_has_lost_no_step(domain, start, local_ray, tmp_path):
+@pytest.mark.parametrize("word", ("SIGTERM", "Ctrl-C"))
+def test_a_drained_run_has_lost_no_step(domain, start, local_ray, tmp_path, word):
     passes = ("--train.passes", "10")
     calm = config_of(domain, tmp_path / "calm", "run", *passes, "--train.checkpoint_steps", "500")
     distill(calm)
     run = start(*passes, "--train.checkpoint_steps", "500")
     run.until_step(7)
     processes, started = run.processes(), time.monotonic()
-    run.driver.send_signal(signal.SIGTERM)
-    assert run.ended(30) == 143, run.said()
+    if word == "Ctrl-C":
+        os.killpg(run.driver.pid, signal.SIGINT)  # a terminal's, to all of a process group
+    else:
+        run.driver.send_signal(signal.SIGTERM)
+    assert run.ended(30) == (130 if word == "Ctrl-C" else 143), run.said()
     print(f"drained in {time.monotonic() - started:.1f} s")
     step = run.steps()[-1]
     assert 7 <= step < 60
     assert checkpoint.load_latest(run.folder / "checkpoints").step == step
     ledger = run.told("ledger")
     assert ledger["seen"] == 1920 and ledger["pending"] == 1920 - 32 * step
-    assert f"ended by SIGTERM after step {step}; --resume goes on from there" in run.said()
+    assert f"{word} again stops at once" in run.said()
+    assert f"ended by {word} after step {step}; --resume goes on from there" in run.said()
     assert not (run.folder / "lease.json").exists()
     all_gone(processes, 30)
 
@@ -142,6 +147,45 @@ def test_a_second_sigterm_ends_a_driver_at_once(start):
     run.driver.send_signal(signal.SIGTERM)
     assert run.ended(3) == 143
     all_gone(processes, 60)
+
+
+def test_a_second_ctrl_c_stops_a_run_at_its_newest_checkpoint(start):
+    run = start("--train.passes", "500", "--train.checkpoint_steps", "2")
+    run.until_step(5)
+    processes = run.processes()
+    for worker in run.workers():
+        worker.suspend()
+    for said in ("Ctrl-C again stops at once", "stopped; --resume goes on from the newest"):
+        os.killpg(run.driver.pid, signal.SIGINT)
+        if "again" in said:
+            run.until(lambda said=said: said in run.said(), 10)
+    assert run.ended(30) == 130 and said in run.said(), run.said()
+    saved = checkpoint.load_latest(run.folder / "checkpoints")
+    assert saved and saved.step >= 4 and run.told("ledger")["trained"] == 32 * saved.step
+    assert not (run.folder / "lease.json").exists()
+    all_gone(processes, 60)
+
+
+@pytest.mark.parametrize("phase", ("device cpu", "starting student"))
+def test_ctrl_c_before_students_learn_stops_at_once(start, phase):
+    run = start("--train.passes", "500")
+    run.until(lambda: phase in run.said())
+    processes = run.processes()
+    os.killpg(run.driver.pid, signal.SIGINT)
+    assert run.ended(20) == 130, run.said()
+    assert "promptkd distill: interrupted" in run.said() and not run.steps()
+    all_gone(processes, 30)
+
+
+def test_ctrl_c_drains_the_seed_that_is_trained(start):
+    run = start("--train.passes", "500", words=("--seeds", "1,2"))
+    run.folder = run.folder / "seed-1"
+    run.until_step(3)
+    os.killpg(run.driver.pid, signal.SIGINT)
+    assert run.ended(30) == 130, run.said()
+    assert checkpoint.load_latest(run.folder / "checkpoints").step == run.steps()[-1]
+    assert f"ended by Ctrl-C after step {run.steps()[-1]}" in run.said()
+    assert not run.folder.with_name("seed-2").exists()
 
 
 def test_a_drain_that_hangs_is_given_up_in_time(start):

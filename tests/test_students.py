@@ -19,6 +19,7 @@ from engine.clip.class_vectors import encode_classes
 from engine.clip.towers import load_clip
 from engine.config import RunFailed, UserError, to_dict
 from engine.run import distill
+from engine.train import checkpoint
 from jobs import cli
 from jobs.quickstart import HERE
 from jobs.quickstart.domain import CLASSES
@@ -276,10 +277,13 @@ def test_ctrl_c_ends_a_run_of_several_students(domain, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     folders = [tmp_path / "stopped" / name for name in "12"]
     deadline = time.monotonic() + 180
-    while not all((folder / "metrics.jsonl").exists() for folder in folders):
+    while not all((folder / "metrics.jsonl").exists() and losses(folder) for folder in folders):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "promptkd distill: interrupted" in told
-    assert all(told_by(folder, "ledger")["pending"] > 0 for folder in folders)
+    assert process.returncode == 130 and "ended by Ctrl-C after step" in told
+    for folder in folders:
+        saved = checkpoint.load_latest(folder / "checkpoints")
+        assert saved and saved.step == len(losses(folder)), "no step is lost"
+        assert told_by(folder, "ledger")["pending"] > 0
