@@ -26,6 +26,7 @@ __all__ = [
     "TargetsConfig",
     "TeacherConfig",
     "TeacherPrecision",
+    "TrackConfig",
     "TrainConfig",
     "UserError",
     "absolute",
@@ -388,6 +389,26 @@ class RayConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackConfig(Section):
+    """Who is told a run's numbers as they come, beside its own files. None of them can stop it."""
+
+    prefix: ClassVar[str] = "track."
+
+    to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+    """tensorboard: event files in the run folder; wandb, trackio, mlflow: where they are installed,
+    set up as each is by its own environment variables."""
+    project: str = "promptkd"
+    """The project, or experiment, that the run belongs to there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len({*self.to}) < len(self.to):
+            raise UserError(f"track.to names one twice: {', '.join(self.to)}")
+        if not self.project.strip() or "/" in self.project:
+            raise UserError(f"track.project must be a plain name, got {self.project!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run(Section):
     """What every run has: a name, a folder, a seed and a device."""
 
@@ -436,6 +457,7 @@ class RunConfig(Run):
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,6 +27,7 @@ from engine.signals import Signals
 from engine.staff import arranged
 from engine.telemetry import Recorder
 from engine.together import check_together
+from engine.track.tracking import Tracking, require_installed
 from engine.train import checkpoint, checkpoint_copy
 from engine.train.gang import allow_silence
 from engine.train.identity import Identity
@@ -62,6 +63,8 @@ def distill_students(configs: Mapping[str, RunConfig], resume: bool = False) -> 
     """
     configs = {name: absolute(config) for name, config in configs.items()}
     check_together(configs)
+    for config in configs.values():
+        require_installed(config.track)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         leases = {}
@@ -225,7 +228,8 @@ def _train(
     # Daemons, since one that waits for Ray would keep an interrupted process alive.
     threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in tasks]
     files = {name: task.config.folder / "metrics.jsonl" for name, task in tasks.items()}
-    with Watch(files) as watch, signals.workers(leases, watch.at_work):
+    tracking = Tracking({name: task.config for name, task in tasks.items()})
+    with tracking, Watch(files, [tracking]) as watch, signals.workers(leases, watch.at_work):
         for thread in threads:
             thread.start()
         try:

@@ -7,7 +7,8 @@ from engine.config import RunConfig, UserError, to_dict
 
 __all__ = ["check_together"]
 
-_OWN = {"name", "runs_dir", "overwrite", "seed", "preset", "student", "train"}  # of each student
+# Of each student.
+_OWN = {"name", "runs_dir", "overwrite", "seed", "preset", "student", "train", "track"}
 
 
 def check_together(configs: Mapping[str, RunConfig]) -> None:

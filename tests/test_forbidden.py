@@ -14,6 +14,7 @@ ALLOWED = {
     ("engine/clip/promptkd_student.py", "json.loads"): "shipped alone, beside its own file",
     ("engine/clip/export.py", "json.loads"): "the config of a model that is loaded already",
     ("engine/data/isolate.py", "json.loads"): "between a process and its own child",
+    ("engine/track/child.py", "json.loads"): "between a process and its own child",
     ("engine/progress.py", "json.loads"): "of the run that this process has started",
     ("engine/train/", "json.loads"): "files of the run's own folder",
     ("jobs/quickstart/__init__.py", "json.loads"): "of runs that this process has made",

@@ -50,6 +50,10 @@ PLACES = {
     "matplotlib": ("engine/plots.py",),
     "psutil": ("engine/train/gang.py",),
     "pynvml": ("engine/telemetry.py",),
+    "tensorboardX": ("engine/track/tensorboard.py",),
+    "wandb": ("engine/track/services.py",),
+    "trackio": ("engine/track/services.py",),
+    "mlflow": ("engine/track/services.py",),
     "ray": (
         "engine/labels/pool.py",
         "engine/labels/scaling.py",
@@ -58,6 +62,7 @@ PLACES = {
         "engine/run.py",
         "engine/cluster.py",
         "engine/index.py",
+        "engine/track/ray_metrics.py",
         "jobs/submit.py",
     ),
 }

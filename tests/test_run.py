@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from domains import PASSES, config_of, losses, write_domain
+from events import scalars
 from safetensors.torch import load_file, save_file
 
 from engine.clip.bundle import Bundle
@@ -59,6 +60,10 @@ def test_two_teachers_and_two_students_learn_what_one_with_an_inline_teacher_doe
         assert [p.name for p in (folder / "checkpoints").iterdir()]
         assert Bundle.load(folder / "bundle.safetensors").class_names == CLASSES
         assert_workers_told(folder, 2 if name == "two" else 1, ledger)
+        tracked = scalars(folder / "tensorboard")
+        assert [loss for _, loss in tracked["train/loss"]] == pytest.approx(losses(folder))
+        assert tracked["final/steps"] == [(summary["steps"], summary["steps"])]
+        assert "student/0/waited_labels" in tracked
     assert_teachers_told(tmp_path / "two", streamed["labels"])
     assert not (tmp_path / "one" / "telemetry" / "teachers.jsonl").exists()
     # The stream rounds its labels to fp16; the rest is the same mathematics on the same samples.
