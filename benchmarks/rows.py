@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine.report_bench import COLUMNS
+from engine.report.bench import COLUMNS
 from engine.run_folder import PACKAGES, git
 from engine.telemetry import gpu
 

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # a plain checkout is not installed
 
 from engine.config import UserError  # noqa: E402
-from engine.report_bench import Row, aligned, newest, read  # noqa: E402
+from engine.report.bench import Row, aligned, newest, read  # noqa: E402
 
 OPTIONAL = ("ray", "nvidia.dali", "turbojpeg", "liger_kernel", "spdl", "matplotlib")
 LEAST_S = 20.0  # in which a script can do something

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from engine.config import Range, Section, UserError
 from engine.data.datasets import DATASETS, DatasetName
 from engine.parse import Positional, parse
+from engine.published import HEADLINE, Protocol, Row, table
 from jobs.cli import run
-from jobs.published import HEADLINE, Protocol, Row, table
 
 
 @dataclass(frozen=True)

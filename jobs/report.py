@@ -11,7 +11,7 @@ from engine.parse import Positional, parse
 from jobs.cli import run
 
 if TYPE_CHECKING:
-    from engine.report_bench import Table
+    from engine.report.bench import Table
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -30,7 +30,7 @@ class ReportConfig(Section):
 
 def main(args: Sequence[str]) -> None:
     config = parse(ReportConfig, args, prog="promptkd report")
-    from engine.report_bench import markdown, read, tables
+    from engine.report.bench import markdown, read, tables
 
     files = sorted(Path(config.results).glob("*.csv"))
     if not files:

@@ -14,7 +14,7 @@ from engine_runs import rates
 from models import Tower
 from rows import Bench
 
-from engine.report_bench import Row, read
+from engine.report.bench import Row, read
 
 TINY = QUICK._replace(
     name="tiny",

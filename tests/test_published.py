@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from engine.data.datasets import DATASETS, DatasetName
-from jobs.published import HEADLINE, Protocol, Row, published, table
+from engine.published import HEADLINE, Protocol, Row, published, table
 
 NAMES = get_args(DatasetName)
 OURS = Row(80.0, 70.0, 224 / 3, 60.0)

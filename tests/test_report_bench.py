@@ -7,7 +7,7 @@ import pytest
 
 from engine.config import UserError
 from engine.plots import Bar, bars
-from engine.report_bench import COLUMNS, markdown, newest, read, tables
+from engine.report.bench import COLUMNS, markdown, newest, read, tables
 from jobs import report
 
 ROOT = Path(__file__).parents[1]

@@ -6,6 +6,7 @@ Plain torch.distributed: it runs the same under Ray Train, torchrun or a test's 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ from engine.train.checkpoint import Checkpoint, Saver
 from engine.train.checkpoint_copy import copy_of
 from engine.train.identity import Identity
 from engine.train.ledger import Ledger, Spoilt
+from engine.train.probe import Probes, Skipped
 from engine.train.reports import Reports
 from engine.train.schedule import effective_weight
 from engine.train.stops import Stop, Stopped, Stops
@@ -85,11 +87,11 @@ def train(
 ) -> Trained:
     """Trains from `start`, or from the beginning, to the last step.
 
-    Rank 0 appends records to metrics.jsonl and writes checkpoints, and every rank its reports,
-    while training goes on; on return or raise nothing is being written. All workers call
-    `after_pass` with the number of each pass they complete, and raise Collapse, Spoilt or Stopped
-    at the same step: the last two with that step committed, unless the run is another's. Or
-    RunFailed, where the last checkpoint cannot be written.
+    Rank 0 appends records and probes to the run folder, every rank its reports and what it has
+    skipped, and rank 0 writes checkpoints, while training goes on; on return or raise nothing is
+    being written. All workers call `after_pass` with the number of each pass they complete, and
+    raise Collapse, Spoilt or Stopped at the same step: the last two with that step committed,
+    unless the run is another's. Or RunFailed, where the last checkpoint cannot be written.
     """
     source, order, config, device = setting.source, setting.order, setting.config, setting.device
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -97,6 +99,8 @@ def train(
     first = start.step if start else 0
     before_s = start.train_s if start else 0.0
     recorder = Recorder(setting.folder / "metrics.jsonl") if rank == 0 else None
+    probes = Probes(setting.folder, order, total_steps, config.log_steps) if rank == 0 else None
+    skipped = Skipped(setting.folder, order, rank)
     gpu = GpuSampler(device.index or 0 if device.type == "cuda" else None)
     works = training_works(order, config.passes, config.views or config.passes, rank, world, first)
     memory_bytes = int(setting.data.memory_gb * 2**30)
@@ -140,6 +144,7 @@ def train(
             targets = source.targets(batch)
             account.add(batch, targets.valid_B, trainer.step(step, batch.here(), targets))
             done = step + 1
+            skipped.add(done, batch, targets.valid_B)
             stop = setting.stops.agreed()
             saves = done % period == 0 or done == total_steps or stop is not Stop.NONE
             if saves:
@@ -162,6 +167,8 @@ def train(
                         **gpu.means(totals.took_s),
                     )
                 reports.tell(done, last=done == total_steps or stop is not Stop.NONE)
+                if probes:
+                    probes.look(done, batch, targets.valid_B, partial(trainer.answers, targets))
                 try:
                     account.judge(totals)
                 except Spoilt as spoilt:  # what is learned is kept, for who mends the corpus
@@ -185,6 +192,9 @@ def train(
         reports.close()
         if recorder:
             recorder.close()
+        if probes:
+            probes.close()
+        skipped.close()
     everyone = merged(account.ledger)
     assert everyone.visited == config.passes * order.samples, "samples were left out of the run"
     waits = torch.tensor([source.waited_s, loader.waited_s], device=device)

@@ -5,6 +5,7 @@ Letters: B images of this worker, N classes, D class vector width.
 
 import deepspeed
 import deepspeed.ops
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
@@ -21,7 +22,8 @@ from torch.nn import functional as F
 from engine.clip.layers import Layer
 from engine.clip.prompts import PromptedTower
 from engine.config import TrainConfig
-from engine.labels.targets import Targets, on_device
+from engine.labels.targets import Targets, on_device, unpack
+from engine.train.probe import compared
 from engine.train.schedule import effective_weight, learning_rate
 from kernels.cosine import gram
 from kernels.kl import Features, Logits, distillation
@@ -60,6 +62,7 @@ class StudentTrainer:
         self._gram = gram(w_ND) if config.cosine_weight else None
         self._finite = torch.ones((), dtype=torch.bool, device=w_ND.device)
         self._learned = self._finite.clone()  # that is, loss and the features' gradient are finite
+        self._x_BD: Tensor | None = None  # features of the last step
         params = [p for p in student.parameters() if p.requires_grad]
         for param in params:
             param.register_hook(self._keep_finite)
@@ -116,6 +119,7 @@ class StudentTrainer:
             group["lr"] = self.learning_rate(step)
 
         x_BD = self.engine(images_BCHW, valid_B, unit=False)
+        self._x_BD = x_BD.detach()
         # Here, before the batch norm's collectives would carry it to the other workers, and below.
         x_BD.register_hook(self._keep_learnable)
         told = targets.values_BX
@@ -149,6 +153,14 @@ class StudentTrainer:
         lost = torch.where(self._learned, 0, count)
         sums = torch.where(self._learned, sums, 0)
         return torch.cat([sums, torch.stack([lost, (~self._finite).float()])])
+
+    def answers(self, targets: Targets, rows_n: np.ndarray) -> Tensor:
+        """Both answers, as compared() gives them, about some rows of the last step, whose `targets`
+        these were: the student's before its update. Without another forward."""
+        assert self._x_BD is not None, "there has been no step"
+        rows = on_device(rows_n, self._w_ND.device)
+        told = unpack(targets.form, targets.values_BX[rows], self._w_ND, self._teacher_scale)
+        return compared(self._x_BD[rows], told, self._w_ND, self._scale)
 
     def _keep_learnable(self, gradient: Tensor) -> Tensor:
         gradient = self._keep_finite(gradient)
