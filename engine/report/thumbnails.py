@@ -1,0 +1,134 @@
+"""Small pictures of a few samples, from the corpus, as data URIs."""
+
+import base64
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.config import CorpusConfig, UserError
+from engine.data.corpus import Corpus, Sample, open_corpora
+
+__all__ = ["Place", "Thumbnail", "Thumbnails", "thumbnails"]
+
+_CHILD = Path(__file__).with_name("shrink.py")
+_READ_S = 6.0  # for all images together, which may lie behind a slow line
+_SHRINK_S = 6.0
+Place = tuple[int, int]  # shard and position
+
+
+class Thumbnail(NamedTuple):
+    """A sample to be shown."""
+
+    uri: str  # empty where there is no picture
+    why: str  # there is none
+    key: str
+    shard: str  # its name
+
+
+class Thumbnails(NamedTuple):
+    """By place, those of a corpus that was there, or why it was not."""
+
+    found: dict[Place, Thumbnail]
+    why: str = ""
+
+
+def thumbnails(settings: Mapping[str, Any], places: Iterable[Place]) -> Thumbnails:
+    """Pictures of samples of the corpus of a run, whose `[corpus]` this is.
+
+    What cannot be read in a few seconds has none. Never raises for a corpus that is gone, damaged
+    or slow: a report is to be made without it.
+    """
+    wanted = list(dict.fromkeys(places))
+    if not wanted:
+        return Thumbnails({})
+    known = {field.name for field in fields(CorpusConfig)}
+    told = {name: value for name, value in settings.items() if name in known}
+    told |= {"evaluation": "", "retries": 0, "timeout_s": _READ_S, "cache": ""}
+    told["hosts"] = tuple(told.get("hosts", ()))
+    try:
+        corpus = open_corpora(CorpusConfig(**told))["shards"]
+    except (UserError, OSError, ValueError, TypeError) as error:
+        return Thumbnails({}, str(error))
+    late = threading.Timer(_READ_S, corpus.close)
+    late.start()
+    try:
+        samples = [_read(corpus, *place) for place in wanted]
+    finally:
+        late.cancel()
+        corpus.close()
+    pictures = shrunk([sample for sample in samples if sample.data])
+    found = {}
+    for place, sample in zip(wanted, samples, strict=True):
+        uri, why = pictures.get(place, ("", sample.reason or "no picture"))
+        name = corpus.shards[place[0]] if place[0] < len(corpus.shards) else f"shard {place[0]}"
+        found[place] = Thumbnail(uri, why, sample.key, name)
+    return Thumbnails(found)
+
+
+def _read(corpus: Corpus, shard: int, position: int) -> Sample:
+    """A sample, if the corpus still has it."""
+    samples = corpus.blocks.shard_samples
+    if not (0 <= shard < len(samples) and 0 <= position < samples[shard]):
+        return Sample(shard, position, None, "not in the corpus any more", None)
+    try:
+        return corpus.pick(shard, [position])[0]
+    except (UserError, OSError, ValueError) as error:
+        return Sample(shard, position, None, str(error), None)
+
+
+def shrunk(samples: Sequence[Sample]) -> dict[Place, tuple[str, str]]:
+    """Data URIs by place, or "" and why, of samples with data; by a child process, and another one
+    where one is lost over an image."""
+    found: dict[Place, tuple[str, str]] = {}
+    left = list(samples)
+    while left:
+        answers, timed_out = _asked(left)
+        for sample, answer in zip(left, answers, strict=False):
+            uri = f"data:image/jpeg;base64,{base64.b64encode(answer).decode()}" if answer else ""
+            found[sample.shard, sample.position] = (uri, "" if uri else "undecodable")
+        if len(answers) < len(left):
+            lost, why = left[len(answers)], "timed_out" if timed_out else "crashed"
+            found[lost.shard, lost.position] = ("", why)
+        left = [] if timed_out else left[len(answers) + 1 :]
+    return found
+
+
+def _asked(samples: Sequence[Sample]) -> tuple[list[bytes], bool]:
+    """What a child answered until it ended, and whether its time was over."""
+    question = b"".join(
+        struct.pack(">II", len(sample.data), sample.header.orientation) + bytes(sample.data)
+        for sample in samples
+        if sample.data is not None and sample.header is not None
+    )
+    command, timed_out = [sys.executable, "-P", str(_CHILD)], False
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    ) as child:
+        try:
+            told, _ = child.communicate(question, timeout=_SHRINK_S)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            child.kill()
+            told, _ = child.communicate()
+    return _parts(told), timed_out
+
+
+def _parts(told: bytes) -> list[bytes]:
+    """The answers that are whole."""
+    found, at = [], 0
+    while at + 4 <= len(told):
+        (size,) = struct.unpack_from(">I", told, at)
+        if at + 4 + size > len(told):
+            break
+        found.append(told[at + 4 : at + 4 + size])
+        at += 4 + size
+    return found

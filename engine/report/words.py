@@ -1,0 +1,96 @@
+"""Numbers and judgements of a run in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.report.facts import Facts
+from engine.report.records import number
+from engine.report.spans import WAITS, mean_shares
+
+__all__ = ["bottleneck", "count", "duration", "percent", "score", "scores_of", "verdict"]
+
+_MUCH = 0.15  # of the time, from which waiting is worth a word
+
+
+def count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Of a share, 0 to 1."""
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def score(value: float | None) -> str:
+    """Of a summary's percentages."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def scores_of(summary: Mapping[str, Any], model: str) -> dict[str, float | None]:
+    """Of student_before, student_after or teacher; None where nothing was scored."""
+    told = summary.get(model)
+    names = ("base", "novel", "hm", "all", "agreement")
+    return {name: number(told, name) if isinstance(told, dict) else None for name in names}
+
+
+def verdict(facts: Facts) -> str:
+    """What has come of a run, in a sentence or two."""
+    step, steps, agrees = facts.last("step"), facts.last("steps"), facts.last("agreement")
+    if facts.state != "ended":
+        where = f"step {step:,.0f} of {steps:,.0f}" if step and steps else "no step yet"
+        told = {
+            "running": f"At {where}",
+            "failed": f"Failed at {where}",
+            "drained": f"Drained at {where}; --resume goes on from there",
+            "interrupted": f"Interrupted at {where}; --resume goes on from its last checkpoint",
+            "broken off": f"Broken off at {where}, without a word; --resume goes on from its last "
+            "checkpoint",
+        }[facts.state]
+        if agrees is not None:
+            told += f". Of the latest images, student and teacher agree on {percent(agrees)}"
+        return f"{told}. {facts.why}".strip() if facts.why else f"{told}."
+    after, before = (scores_of(facts.summary, f"student_{when}") for when in ("after", "before"))
+    teacher = scores_of(facts.summary, "teacher")
+    which = "hm" if after["hm"] is not None else "all"
+    if after[which] is None:
+        return (
+            f"The student agrees with its teacher on {percent(agrees)} of the latest training "
+            "images; there were no labelled images to score it on."
+        )
+    named = "a harmonic mean of" if which == "hm" else "an accuracy of"
+    others = {"zero-shot": before[which], "its teacher": teacher[which]}
+    told = ", ".join(f"{who} {score(value)}" for who, value in others.items() if value is not None)
+    text = f"The student reaches {named} {score(after[which])} %{f' ({told})' if told else ''}"
+    if after["agreement"] is not None:
+        text += f" and agrees with its teacher on {after['agreement']:.1f} % of held-out images"
+    return f"{text}."
+
+
+def bottleneck(facts: Facts) -> str:
+    """What bounded the rate."""
+    waits = mean_shares(facts.students, WAITS)
+    if not waits:
+        return ""
+    told = (
+        f"Students worked {percent(1 - sum(waits.values()), 0)} of the time, waited "
+        f"{percent(waits['labels'], 0)} for labels and {percent(waits['data'], 0)} for images"
+    )
+    worst = max(WAITS, key=waits.__getitem__)
+    if waits[worst] < _MUCH:
+        return f"{told}: the student itself sets the pace."
+    if worst == "labels":
+        return f"{told}: teachers set the pace. More of them, or recorded labels, would help."
+    return (
+        f"{told}: reading and decoding set the pace. More threads, or smaller images, would help."
+    )
