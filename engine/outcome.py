@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from engine import lease, run_folder
+from engine.closing import close_run
 from engine.config import Drained, RunConfig, RunFailed, UserError
 from engine.data.corpus import open_corpora
 from engine.labels.scaling import Pool
@@ -41,6 +42,7 @@ def outcome_of(task: Task, pool: Pool | None, signals: Signals, started: float) 
         )
     if failure:
         write_ledger(task)
+        close_run(config.folder, failure)
         return failure
     told["labels"] |= {"source": task.source}
     if pool:
@@ -48,6 +50,7 @@ def outcome_of(task: Task, pool: Pool | None, signals: Signals, started: float) 
     summary = _summary(config.name, told, time.perf_counter() - started)
     run_folder.write(config.folder / "ledger.json", told["ledger"])
     run_folder.write(config.folder / "summary.json", summary)
+    close_run(config.folder)
     return summary
 
 

@@ -18,6 +18,7 @@ from engine.clip.class_vectors import ClassVectors, encode_classes
 from engine.clip.names import read_names
 from engine.clip.templates import read_templates
 from engine.clip.towers import Clip, load_clip
+from engine.closing import close_run
 from engine.config import RunConfig, UserError, absolute
 from engine.labels.scaling import Pool
 from engine.outcome import Outcome, Summary, outcome_of, write_ledger
@@ -236,9 +237,10 @@ def _train(
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.5)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             for name, task in tasks.items():
                 if name not in outcomes:
                     write_ledger(task)
+                    close_run(task.config.folder, stopped)
             raise
     return {name: outcomes[name] for name in tasks}

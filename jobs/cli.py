@@ -20,7 +20,7 @@ COMMANDS = {
     "store": "list, check or tidy the labels that runs have recorded",
     "bundle": "add, rename or drop classes of a bundle",
     "export": "write a bundle for ONNX Runtime or open_clip",
-    "report": "tables and plots of what benchmarks have measured",
+    "report": "a run as a page, runs compared, or what benchmarks have measured",
     "submit": "run a distillation as a Ray job on a cluster",
     "quickstart": "the whole way on a generated domain, in minutes",
 }

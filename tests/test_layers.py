@@ -48,6 +48,8 @@ PLACES = {
     "tyro": ("engine/parse.py",),
     "rich": ("engine/progress.py", "engine/live.py"),
     "matplotlib": ("engine/plots.py",),
+    "jinja2": ("engine/report/page.py",),
+    "markupsafe": ("engine/report/svg.py", "engine/report/charts.py", "engine/report/page.py"),
     "psutil": ("engine/train/gang.py",),
     "pynvml": ("engine/telemetry.py",),
     "tensorboardX": ("engine/track/tensorboard.py",),

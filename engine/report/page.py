@@ -22,7 +22,7 @@ from engine.report.records import number
 from engine.report.spans import WAITS, Span, mean_shares
 from engine.report.thumbnails import Place, Thumbnails, thumbnails
 
-__all__ = ["environment", "page", "write"]
+__all__ = ["clock", "environment", "page", "write"]
 
 _DISAGREEMENTS, _OF_A_REASON, _SKIPPED = 24, 12, 36  # pictures at most
 _EXTREMES = 8  # classes: the worst, and the best
@@ -70,8 +70,8 @@ def page(facts: Facts, pictures: bool = True, dataset: DatasetName | None = None
             facts=facts,
             verdict=words.verdict(facts),
             bottleneck=words.bottleneck(facts),
-            made=_clock(time.time()),
-            started=_clock(started) if started else "",
+            made=clock(time.time()),
+            started=clock(started) if started else "",
             tiles=_tiles(facts),
             waiting=waiting(facts.students),
             stages=stages(facts.teachers),
@@ -216,7 +216,7 @@ def _life(life: dict[str, Any]) -> dict[str, Any]:
     """What the page says of a life."""
     started, versions = number(life, "started"), life.get("versions")
     return {
-        "started": _clock(started) if started else "-",
+        "started": clock(started) if started else "-",
         "host": life.get("host") or "-",
         "workers": life.get("workers") or "-",
         "gpu": life.get("gpu") or "none",
@@ -225,7 +225,8 @@ def _life(life: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A moment, as of time.time()."""
     try:
         return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
     except (ValueError, OverflowError, OSError):

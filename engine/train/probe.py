@@ -44,7 +44,7 @@ class Probes:
     """
 
     def __init__(self, folder: Path, order: Order, total_steps: int, log_steps: int) -> None:
-        self._recorder = Recorder(folder, "telemetry/probes.jsonl")
+        self._recorder = Recorder(folder / "telemetry" / "probes.jsonl")
         self._order, self._last = order, total_steps
         self._period = log_steps * -(-total_steps // (log_steps * _MOST_RECORDS))
 
@@ -82,7 +82,7 @@ class Skipped:
     `skipped-RANK.jsonl`; there is no such file where it leaves none out."""
 
     def __init__(self, folder: Path, order: Order, rank: int) -> None:
-        self._folder, self._name = folder, f"telemetry/skipped-{rank}.jsonl"
+        self._file = folder / "telemetry" / f"skipped-{rank}.jsonl"
         self._order = order
         self._recorder: Recorder | None = None
         self._told: Counter[str] = Counter()
@@ -95,7 +95,7 @@ class Skipped:
             if self._told[reason] == _EXAMPLES:
                 continue
             self._told[reason] += 1
-            self._recorder = self._recorder or Recorder(self._folder, self._name)
+            self._recorder = self._recorder or Recorder(self._file)
             (shard,), (position,) = _places(self._order, share, np.array([row]))
             self._recorder.record(
                 "skipped", step=done, reason=reason, shard=shard, position=position
