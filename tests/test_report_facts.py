@@ -156,7 +156,7 @@ def test_of_a_sample_the_newest_probe_counts():
 def test_agreement_by_class_is_that_of_a_count():
     rng = np.random.default_rng(0)
     teacher, student = rng.integers(0, 5, 400), rng.integers(0, 5, 400)
-    rows = [(1, 0, n, t, 0.5, s, 0.5, 1.0) for n, (t, s) in enumerate(zip(teacher, student))]
+    rows = [(1, 0, n, teacher[n], 0.5, student[n], 0.5, 1.0) for n in range(400)]
     found = agreement(probes(rows))
     assert sum(one.samples for one in found) == 400
     for one in found:
