@@ -1,5 +1,6 @@
 """Pages of HTML, read strictly: every tag is closed, and nothing is loaded from anywhere."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -69,3 +70,38 @@ class Page(HTMLParser):
             told for tag, told in self.tags if told.get("http-equiv") == "Content-Security-Policy"
         )
         return told["content"]
+
+
+def require_report(folder: Path) -> Page:
+    """The page that a run has left, which says what its other files say."""
+    page = Page.of(folder / "report.html")
+    summary, ledger, config = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("summary", "ledger", "config")
+    )
+    assert "HM of base and novel" in page.text
+    for model in ("student_before", "student_after", "teacher"):
+        row = [summary[model][column] for column in ("base", "novel", "hm", "all", "agreement")]
+        assert " ".join("-" if one is None else f"{one:.2f}" for one in row) in page.text, model
+    assert f"trained {ledger['trained']:,} " in page.text
+    assert f"seen {ledger['seen']:,}" in page.text
+    for reason, number in ledger["skipped"].items():
+        assert f"skipped: {reason} {number:,} " in page.text
+        assert f"Skipped: {reason}" in page.text, "with examples"
+    assert config["versions"]["torch"] in page.text and config["corpus"]["shards"] in page.text
+    return page
+
+
+def require_probed(folder: Path, samples: int) -> None:
+    """The probes of a run of one worker and small steps: all samples of each step, `samples` in the
+    end, which agree as often as the loss kernels have counted it."""
+    lines = (folder / "telemetry" / "probes.jsonl").read_text().splitlines()
+    probes = {one["step"]: one for one in map(json.loads, lines)}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    told = [one for one in map(json.loads, lines) if one["kind"] == "train"]
+    assert sorted(probes) == [one["step"] for one in told]
+    for one in told:
+        probe = probes[one["step"]]
+        same = [a == b for a, b in zip(probe["teacher"], probe["student"], strict=True)]
+        assert abs(sum(same) / len(same) - one["agreement"]) < 1e-9, one["step"]
+    assert sum(len(probe["shard"]) for probe in probes.values()) == samples

@@ -16,6 +16,7 @@ import pytest
 import torch
 from domains import PASSES, config_of, losses, write_domain
 from events import scalars
+from pages import require_probed, require_report
 from safetensors.torch import load_file, save_file
 
 from engine.clip.bundle import Bundle
@@ -64,6 +65,8 @@ def test_two_teachers_and_two_students_learn_what_one_with_an_inline_teacher_doe
         assert [loss for _, loss in tracked["train/loss"]] == pytest.approx(losses(folder))
         assert tracked["final/steps"] == [(summary["steps"], summary["steps"])]
         assert "student/0/waited_labels" in tracked
+        assert require_report(folder).pictures != []
+    require_probed(tmp_path / "one", PASSES * (samples - 1))
     assert_teachers_told(tmp_path / "two", streamed["labels"])
     assert not (tmp_path / "one" / "telemetry" / "teachers.jsonl").exists()
     # The stream rounds its labels to fp16; the rest is the same mathematics on the same samples.
