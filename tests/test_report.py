@@ -108,7 +108,7 @@ def test_a_corpus_that_is_gone_costs_the_pictures(whole, tmp_path, corpus):
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     found = Page.of(page.write(begun(tmp_path / "young")))
-    assert "Broken off at no step yet" in found.text
+    assert "Broken off before its first step" in found.text
     assert "No sample was probed." in found.text and "No step has been recorded." in found.text
 
 
@@ -128,7 +128,7 @@ def test_however_a_run_ends_it_has_a_page(tmp_path, why, state, text):
     close_run(folder, why)
     assert read_facts(folder).state == state
     found = Page.of(folder / "report.html")
-    assert text in found.text and str(why) in found.text
+    assert text in found.text and ("the <disk> is full" in found.text) == (state == "failed")
 
 
 def test_a_page_that_cannot_be_made_is_a_warning(tmp_path, capsys):

@@ -21,7 +21,7 @@ def test_a_run_that_has_just_begun_tells_little(tmp_path):
     assert (facts.name, facts.state, facts.train, facts.students) == ("young", "broken off", [], [])
     assert facts.wall_s is None and facts.images_per_second is None and len(facts.probes) == 0
     assert facts.classes == run_folders.CLASSES and facts.class_name(7) == "class 7"
-    assert "no step yet" in verdict(facts) and bottleneck(facts) == ""
+    assert "before its first step" in verdict(facts) and bottleneck(facts) == ""
 
 
 def test_what_is_no_run_folder_is_named(tmp_path):

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -43,7 +44,7 @@ def thumbnails(settings: Mapping[str, Any], places: Iterable[Place]) -> Thumbnai
     What cannot be read in a few seconds has none. Never raises for a corpus that is gone, damaged
     or slow: a report is to be made without it.
     """
-    wanted = list(dict.fromkeys(places))
+    wanted = [place for place in dict.fromkeys(places) if min(place) >= 0]
     if not wanted:
         return Thumbnails({})
     known = {field.name for field in fields(CorpusConfig)}
@@ -57,28 +58,42 @@ def thumbnails(settings: Mapping[str, Any], places: Iterable[Place]) -> Thumbnai
     late = threading.Timer(_READ_S, corpus.close)
     late.start()
     try:
-        samples = [_read(corpus, *place) for place in wanted]
+        samples = _read(corpus, wanted)
     finally:
         late.cancel()
         corpus.close()
     pictures = shrunk([sample for sample in samples if sample.data])
     found = {}
-    for place, sample in zip(wanted, samples, strict=True):
+    for sample in samples:
+        place = sample.shard, sample.position
         uri, why = pictures.get(place, ("", sample.reason or "no picture"))
-        name = corpus.shards[place[0]] if place[0] < len(corpus.shards) else f"shard {place[0]}"
+        named = sample.shard < len(corpus.shards)
+        name = corpus.shards[sample.shard] if named else f"shard {sample.shard}"
         found[place] = Thumbnail(uri, why, sample.key, name)
     return Thumbnails(found)
 
 
-def _read(corpus: Corpus, shard: int, position: int) -> Sample:
-    """A sample, if the corpus still has it."""
-    samples = corpus.blocks.shard_samples
-    if not (0 <= shard < len(samples) and 0 <= position < samples[shard]):
-        return Sample(shard, position, None, "not in the corpus any more", None)
-    try:
-        return corpus.pick(shard, [position])[0]
-    except (UserError, OSError, ValueError) as error:
-        return Sample(shard, position, None, str(error), None)
+def _read(corpus: Corpus, wanted: Sequence[Place]) -> list[Sample]:
+    """Samples, shard by shard: those that the corpus still has, as long as there is time."""
+    by_shard: dict[int, list[int]] = {}
+    for shard, position in wanted:
+        by_shard.setdefault(shard, []).append(position)
+    samples: list[Sample] = []
+    deadline = time.monotonic() + _READ_S
+    for shard, positions in by_shard.items():
+        held = int(corpus.blocks.shard_samples[shard]) if shard < len(corpus.shards) else 0
+        there = [position for position in positions if position < held]
+        late, why = time.monotonic() > deadline, "not read in time"
+        if not late:
+            try:
+                samples += corpus.pick(shard, there)
+            except (UserError, OSError, ValueError) as error:
+                late, why = True, str(error)
+        if late:
+            samples += [Sample(shard, position, None, why, None) for position in there]
+        gone = "not in the corpus any more"
+        samples += [Sample(shard, one, None, gone, None) for one in positions if one >= held]
+    return samples
 
 
 def shrunk(samples: Sequence[Sample]) -> dict[Place, tuple[str, str]]:

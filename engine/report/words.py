@@ -48,18 +48,18 @@ def verdict(facts: Facts) -> str:
     """What has come of a run, in a sentence or two."""
     step, steps, agrees = facts.last("step"), facts.last("steps"), facts.last("agreement")
     if facts.state != "ended":
-        where = f"step {step:,.0f} of {steps:,.0f}" if step and steps else "no step yet"
+        at = f"at step {step:,.0f} of {steps:,.0f}" if step and steps else "before its first step"
         told = {
-            "running": f"At {where}",
-            "failed": f"Failed at {where}",
-            "drained": f"Drained at {where}; --resume goes on from there",
-            "interrupted": f"Interrupted at {where}; --resume goes on from its last checkpoint",
-            "broken off": f"Broken off at {where}, without a word; --resume goes on from its last "
+            "running": f"At work, {at}",
+            "failed": f"Failed {at}",
+            "drained": f"Drained {at}; --resume goes on from there",
+            "interrupted": f"Interrupted {at}; --resume goes on from its last checkpoint",
+            "broken off": f"Broken off {at}, without a word; --resume goes on from its last "
             "checkpoint",
         }[facts.state]
         if agrees is not None:
             told += f". Of the latest images, student and teacher agree on {percent(agrees)}"
-        return f"{told}. {facts.why}".strip() if facts.why else f"{told}."
+        return f"{told}. {facts.why}" if facts.state == "failed" else f"{told}."
     after, before = (scores_of(facts.summary, f"student_{when}") for when in ("after", "before"))
     teacher = scores_of(facts.summary, "teacher")
     which = "hm" if after["hm"] is not None else "all"
