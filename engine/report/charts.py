@@ -9,7 +9,7 @@ from engine.report.facts import Facts
 from engine.report.findings import Drift
 from engine.report.records import series
 from engine.report.spans import WAITS, WORKS, Span, mean_shares, shares
-from engine.report.svg import Curve, dots, lines, stack
+from engine.report.svg import Curve, dots, lines, si, stack
 from engine.report.words import percent
 
 __all__ = ["curves", "entropies", "stages", "waiting"]
@@ -54,7 +54,7 @@ def curves(runs: Mapping[str, Facts]) -> list[tuple[str, Markup]]:
         known = [Curve(who, xs, ys) for who, (xs, ys) in told.items()]
         if not any(curve.xs for curve in known):
             continue
-        ends = [f"{c.name} from {c.ys[0]:.3g} to {c.ys[-1]:.3g}" for c in known if c.xs]
+        ends = [f"{c.name} from {si(c.ys[0])} to {si(c.ys[-1])}" for c in known if c.xs]
         chart = lines(
             title,
             f"{title} by step: {'; '.join(ends)}.",

@@ -116,6 +116,7 @@ def environment() -> Environment:
     )
     made.filters |= {
         "count": words.count,
+        "part": words.part,
         "percent": words.percent,
         "score": words.score,
         "duration": words.duration,

@@ -7,7 +7,7 @@ from engine.report.facts import Facts
 from engine.report.records import number
 from engine.report.spans import WAITS, mean_shares
 
-__all__ = ["bottleneck", "count", "duration", "percent", "score", "scores_of", "verdict"]
+__all__ = ["bottleneck", "count", "duration", "part", "percent", "score", "scores_of", "verdict"]
 
 _MUCH = 0.15  # of the time, from which waiting is worth a word
 
@@ -19,6 +19,13 @@ def count(value: float | None) -> str:
 def percent(share: float | None, digits: int = 1) -> str:
     """Of a share, 0 to 1."""
     return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def part(share: float) -> str:
+    """Of a share that is not to be taken for none, or all, where it is not."""
+    if 0 < share < 0.0001:
+        return "< 0.01 %"
+    return "> 99.99 %" if 0.9999 < share < 1 else percent(share, 2)
 
 
 def score(value: float | None) -> str:
