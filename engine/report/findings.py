@@ -120,6 +120,8 @@ def drift(probes: Probes) -> Drift:
 def extremes(
     classes: Sequence[ClassAgreement], most: int
 ) -> tuple[list[ClassAgreement], list[ClassAgreement]]:
-    """The worst and the best classes, no class in both."""
+    """The worst and the best of what agreement() gives, no class in both; of equals, those of more
+    samples."""
     half = min(most, len(classes) // 2)
-    return list(classes[:half]), list(reversed(classes[len(classes) - half :]))
+    best = sorted(classes[half:], key=lambda one: (-one.agreeing, -one.samples))
+    return list(classes[:half]), best[:half]
