@@ -141,7 +141,17 @@ def test_a_page_that_cannot_be_made_is_a_warning(tmp_path, capsys):
 
 def test_the_settings_come_back_from_the_page(tmp_path):
     """What is printed as run.toml is read by the one parser, to the same settings."""
-    flags = ["--name", "a b'\"\\\x7f\t🦜", "--train.lr", "1e-5", "--corpus.hosts", "a", "b:1"]
+    flags = [
+        "--name",
+        "a b'🦜",
+        "--classes.template",
+        '"\\\x7f\t{}',
+        "--train.lr",
+        "1e-5",
+        "--corpus.hosts",
+        "a",
+        "b:1",
+    ]
     flags += ["--student.offload", "--teacher.gpus", "0.5", "--classes.names", "C:\\x"]
     config = parse(RunConfig, flags, prog="test")
     text = again.toml(to_dict(config))

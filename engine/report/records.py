@@ -23,7 +23,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def read_records(file: Path) -> list[Record]:
     """The whole records of a file, in its order; none where there is no such file."""
-    found = []
+    found: list[Record] = []
     try:
         with open(file, "rb") as lines:
             for line in lines:

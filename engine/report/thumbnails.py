@@ -84,7 +84,7 @@ def _read(corpus: Corpus, wanted: Sequence[Place]) -> list[Sample]:
         held = int(corpus.blocks.shard_samples[shard]) if shard < len(corpus.shards) else 0
         there = [position for position in positions if position < held]
         late, why = time.monotonic() > deadline, "not read in time"
-        if not late:
+        if there and not late:
             try:
                 samples += corpus.pick(shard, there)
             except (UserError, OSError, ValueError) as error:
