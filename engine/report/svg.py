@@ -144,7 +144,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     if not (span > 0 and math.isfinite(span)):
         return [low]
     power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if span / (m * power) <= most)
+    step = next(m * power for m in (1, 2, 5, 10) if span / (m * power) <= most)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]

@@ -70,15 +70,18 @@ def verdict(facts: Facts) -> str:
     after, before = (scores_of(facts.summary, f"student_{when}") for when in ("after", "before"))
     teacher = scores_of(facts.summary, "teacher")
     which = "hm" if after["hm"] is not None else "all"
-    if after[which] is None:
+    reached, began = after[which], before[which]
+    if reached is None:
         return (
             f"The student agrees with its teacher on {percent(agrees)} of the latest training "
             "images; there were no labelled images to score it on."
         )
-    named = "a harmonic mean of" if which == "hm" else "an accuracy of"
-    others = {"zero-shot": before[which], "its teacher": teacher[which]}
-    told = ", ".join(f"{who} {score(value)}" for who, value in others.items() if value is not None)
-    text = f"The student reaches {named} {score(after[which])} %{f' ({told})' if told else ''}"
+    named = "a harmonic mean" if which == "hm" else "an accuracy"
+    text = f"The student {'falls to' if began and reached < began else 'reaches'} {named} of "
+    text += f"{score(reached)} %"
+    others = {"zero-shot": began, "its teacher": teacher[which]}
+    if beside := [f"{who} {score(value)}" for who, value in others.items() if value is not None]:
+        text += f" ({', '.join(beside)})"
     if after["agreement"] is not None:
         text += f" and agrees with its teacher on {after['agreement']:.1f} % of held-out images"
     return f"{text}."
@@ -89,13 +92,16 @@ def bottleneck(facts: Facts) -> str:
     waits = mean_shares(facts.students, WAITS)
     if not waits:
         return ""
+    labels = facts.summary.get("labels")
+    inline = isinstance(labels, dict) and labels.get("source") == "inline"
+    who = "Students, each with a teacher inside," if inline else "Students"
     told = (
-        f"Students worked {percent(1 - sum(waits.values()), 0)} of the time, waited "
+        f"{who} worked {percent(1 - sum(waits.values()), 0)} of the time, waited "
         f"{percent(waits['labels'], 0)} for labels and {percent(waits['data'], 0)} for images"
     )
     worst = max(WAITS, key=waits.__getitem__)
     if waits[worst] < _MUCH:
-        return f"{told}: the student itself sets the pace."
+        return f"{told}: {'their own work sets' if inline else 'the student itself sets'} the pace."
     if worst == "labels":
         return f"{told}: teachers set the pace. More of them, or recorded labels, would help."
     return (
