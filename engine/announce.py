@@ -46,7 +46,7 @@ def savings(
     """What recorded labels take, and spare."""
     image = label_bytes(labels.width, labels.width, labels.wire)
     corpus = corpora["shards"]
-    blocks = len(corpus.blocks)
+    blocks = len(corpus.listed.used) if corpus.listed else len(corpus.blocks)
     views = [missing[view] for view in missing if view >= 0]
     there = sum(blocks - lacking for lacking in views)
     return (

@@ -112,6 +112,9 @@ class CorpusConfig(Section):
     {000..999} for numbers and :: between several."""
     evaluation: str = shards_field()
     """Held-out shards, named likewise; labels (.cls) give base/novel accuracy. Empty: none."""
+    samples: str = path_field()
+    """List of the samples to train on, as `promptkd store curate` writes it; the evaluation is not
+    touched by it. Empty: all."""
     block_samples: Annotated[int, Range(1, 65536)] = 512
     """Most samples in a block, the unit of reading and labelling."""
     window_blocks: Annotated[int, Range(1, 4096)] = 4

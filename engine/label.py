@@ -92,8 +92,10 @@ def _answered(
 
 def _all(config: RunConfig, corpora: Mapping[str, Corpus]) -> Iterator[BlockView]:
     """What a run asks for, view by view, and then for its evaluation."""
+    shards = corpora["shards"]
+    needed = shards.listed.used.tolist() if shards.listed else range(len(shards.blocks))
     for view in range(config.views):
-        for block in range(len(corpora["shards"].blocks)):
+        for block in needed:
             yield BlockView("shards", block, view)
     if "evaluation" in corpora:
         for block in range(len(corpora["evaluation"].blocks)):

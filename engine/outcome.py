@@ -90,7 +90,7 @@ def write_ledger(task: Task) -> None:
         return
     try:
         saved = checkpoint.load_latest(config.folder / "checkpoints")
-        planned = config.train.passes * open_corpora(config.corpus)["shards"].samples
+        planned = config.train.passes * open_corpora(config.corpus)["shards"].pass_samples
         statement = (saved.ledger if saved else Ledger()).statement(planned)
         run_folder.write(config.folder / "ledger.json", statement)
     except (UserError, OSError) as error:  # told beside the failure that brought us here

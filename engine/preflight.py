@@ -33,6 +33,12 @@ def check(config: RunConfig) -> tuple[str, ...]:
         stored = ClassVectors.load(Path(config.classes.vectors))
         _require_names(names, config, stored, "classes.vectors")
     corpora = open_corpora(config.corpus)
+    if listed := corpora["shards"].listed:
+        say(
+            f"corpus.samples: {config.corpus.samples} lists {listed.samples:,} of the "
+            f"{corpora['shards'].samples:,} samples of corpus.shards, in {len(listed.used):,} of "
+            f"{len(listed.counts):,} blocks"
+        )
     if "evaluation" in corpora:
         corpora["evaluation"].require_labels_below(
             len(names), config.classes.names, config.corpus.evaluation, "corpus.evaluation"

@@ -111,7 +111,11 @@ def _distill(
     assignment, choice = arranged([*configs.values()], clips.values(), names)
     identities = {
         name: Identity.of(
-            config, assignment.labellings["shards"], clips[name].fingerprint, choice.source
+            config,
+            assignment.labellings["shards"],
+            clips[name].fingerprint,
+            choice.source,
+            assignment.samples,
         )
         for name, config in configs.items()
     }

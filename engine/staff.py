@@ -54,7 +54,9 @@ def arranged(
     pixels = [vision_shape(one.config.model).pixels for one in teachers]
     choice = chosen(first, sizes, pixels, missing)
     say(f"labels: {choice.source}, {choice.why}")
-    return Assignment(first, labels, how, bool(recorded)), choice
+    listed = corpora["shards"].listed
+    samples = listed.fingerprint if listed else ""
+    return Assignment(first, labels, how, bool(recorded), samples), choice
 
 
 def _teacher(

@@ -33,7 +33,7 @@ FREE = {
 def identity(changes: dict[str, Any] | None = None, **of: Any) -> Identity:
     config = config_of("runs", "run", changes or {})
     told: dict[str, Any] = {"labelling": labelling(), "backbone": BACKBONE, "source": "inline"}
-    return Identity.of(config, **(told | of))
+    return Identity.of(config, **(told | {"samples": ""} | of))
 
 
 def other_than(value: Any, hint: Any) -> Any:
@@ -91,6 +91,13 @@ def test_so_do_frozen_weights_and_noise_for_labels():
     assert identity().differences(identity(source="synthetic")) == [
         "targets.source: teachers here, synthetic there"
     ]
+
+
+def test_so_does_the_list_of_samples_by_what_it_lists():
+    assert identity().differences(identity(samples="d" * 64)) == [
+        "corpus.samples: all here, dddddddddddddddd there"
+    ]
+    assert identity({"corpus.samples": "moved/elsewhere.parquet"}) == identity()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from distributed import run_distributed
 from PIL import Image
@@ -14,6 +15,7 @@ from workers import assignment_of, config_of, losses, models, records, work_all
 
 from engine.config import UserError
 from engine.data.corpus import open_corpora
+from engine.data.sample_list import write_list
 from engine.data.shards import write_shards
 from engine.labels.sources import chosen, missing_blocks, opened
 from engine.labels.store import Store
@@ -21,6 +23,7 @@ from jobs import cli
 
 SAMPLES, BLOCKS = 24, 5  # of the shared corpus
 WEIGHTS = "open_clip_model.safetensors"
+LIST = "list.parquet"
 
 
 def missing(where: dict[str, str], passes: int = 3) -> dict[int, int]:
@@ -28,6 +31,11 @@ def missing(where: dict[str, str], passes: int = 3) -> dict[int, int]:
     config = config_of("unused", "unused", where | {"train.passes": passes})
     recorded = opened(config, assignment_of(config).labellings)
     return missing_blocks(config, recorded, open_corpora(config.corpus))
+
+
+def listed() -> np.ndarray:
+    """bool [24]: of the five blocks, of 5, 5, 5, 5 and 4 samples, 4, 0, 5, 1 and 3."""
+    return ~np.isin(np.arange(SAMPLES), [3, *range(5, 10), *range(15, 19), 22])
 
 
 def files(store: Path, view: int) -> list[Path]:
@@ -84,6 +92,10 @@ def second(tmp_path_factory, where, first) -> tuple[Path, dict[str, Any]]:
     not_finite = models(runs, Path(where["corpus.shards"]), teacher=f"local-dir:{spoilt}")
 
     without = where | {"teacher.model": f"local-dir:{bare}"}
+    shards = open_corpora(config_of(".", "x", where).corpus)["shards"]
+    write_list(runs / LIST, listed(), shards.blocks, shards.fingerprint, {})
+    some = {"corpus.samples": str(runs / LIST)}
+    anew = some | {"targets.store": str(runs / "listed-store")}
     other = {
         "student.depth": 1,
         "train.lr": 0.03,
@@ -101,6 +113,10 @@ def second(tmp_path_factory, where, first) -> tuple[Path, dict[str, Any]]:
         "partial": ["inline", where | {"targets.store": str(partial)}],
         "damaged": ["store", where | {"targets.store": str(damaged)}],
         "twice": ["inline", where | twice],
+        "listed": ["store", without | some | {"targets.source": "store"}],
+        "inline": ["inline", where | some],
+        "recording": ["inline", where | anew],
+        "parts": ["store", without | anew | {"targets.source": "store"}],
         "synthetic": ["synthetic", without | {"targets.source": "synthetic"}],
         "nan": ["inline", not_finite | {"targets.store": str(runs / "nan-store")}],
     }
@@ -173,6 +189,47 @@ def test_made_up_labels_need_no_teacher_and_are_no_score(second):
     assert told["labels"] == {} and told["ledger"]["trained"] == 3 * SAMPLES
     assert "teacher" not in told["scores"] and told["scores"]["student_after"]["agreement"] is None
     assert len(records(runs / "synthetic")) == 9
+
+
+# ------------------------------------------------ lists of samples
+
+
+def test_a_run_on_a_list_takes_its_samples_alone_from_a_store_of_all(second):
+    """It needs no teacher, and the ledger adds up; the evaluation is of all images."""
+    runs, outcomes = second
+    told, some = outcomes["listed"], int(listed().sum())
+    assert told["ledger"] == {"seen": 3 * some, "trained": 3 * some, "skipped": {}, "pending": 0}
+    assert told["steps"] == 3 * -(-some // 8) and told["evaluation"]["scored"] == SAMPLES
+    assert told["labels"]["from_store"] == 3 * some + SAMPLES
+    assert told["labels"]["asked"] == told["labels"].get("labelled", 0) == 0
+    inline = outcomes["inline"]
+    assert inline["ledger"] == told["ledger"] and inline["labels"]["labelled"] == 0
+    assert losses(runs / "inline") == pytest.approx(losses(runs / "listed"), rel=1e-5)
+    assert losses(runs / "recording") == pytest.approx(losses(runs / "listed"), rel=2e-3)
+    assert (runs / "listed" / "checkpoints").exists()
+
+
+def test_what_a_run_on_a_list_records_serves_the_next_one_on_it(second, where):
+    runs, outcomes = second
+    some = int(listed().sum())
+    assert outcomes["recording"]["labels"]["labelled"] == 3 * some + SAMPLES
+    again = outcomes["parts"]
+    assert again["labels"]["from_store"] == 3 * some + SAMPLES and again["labels"]["asked"] == 0
+    assert again["ledger"]["trained"] == 3 * some
+    anew = where | {"targets.store": str(runs / "listed-store")}
+    assert missing(anew)[0] == 4  # one block is listed as a whole
+    assert set(missing(anew | {"corpus.samples": str(runs / LIST)}).values()) == {0}
+    lost = next(file for file in files(runs / "listed-store", 1) if whole(file))
+    lost.unlink()
+    assert missing(anew | {"corpus.samples": str(runs / LIST)})[1] == 1
+
+
+def test_a_worker_with_another_list_is_stopped(second, where):
+    config = config_of(second[0], "other", where | {"corpus.samples": str(second[0] / LIST)})
+    assignment = assignment_of(config)
+    assignment.require_list(open_corpora(config.corpus)["shards"].listed)
+    with pytest.raises(UserError, match=r"^corpus\.samples: .* is another list here"):
+        assignment._replace(samples="d" * 64).require_list(None)
 
 
 # ------------------------------------------------ what fails

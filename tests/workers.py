@@ -82,8 +82,9 @@ def assignment_of(config: RunConfig, classes: ClassVectors | None = None) -> Ass
     classes = classes or ClassVectors.load(Path(config.classes.vectors))
     labels = Labels.of(config, [TeacherSpec(config.teacher, classes)], features=False)
     corpora = open_corpora(config.corpus)
-    told = labellings(labels, corpora, "cpu")
-    return Assignment(config, labels, told, records=bool(config.targets.store))
+    told, listed = labellings(labels, corpora, "cpu"), corpora["shards"].listed
+    samples = listed.fingerprint if listed else ""
+    return Assignment(config, labels, told, bool(config.targets.store), samples)
 
 
 def work_all(rank: int, world: int, runs: str, told: dict[str, list]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from engine.data.manifest import MOST_INDEX_BYTES, Entry, ShardIndex
 from engine.data.opening import open_manifest
 from engine.data.order import Blocks
 from engine.data.parquet import Images
+from engine.data.sample_list import SampleList, read_list
 from engine.data.storage import Access, Changed, Stat, Storage
 from engine.progress import say
 
@@ -57,6 +58,7 @@ class Corpus:
         self.excluded = self.samples - sum(column("usable"))
         identity = "\n".join(column("content"))
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self.listed: SampleList | None = None  # what a run is to train on, where it is not all
         self._manifest, self._storage = manifest, storage
         self._images_of_parquet = Images(storage)
         self._told: set[int] = set()  # shards of which something was announced, or would have been
@@ -91,6 +93,11 @@ class Corpus:
     @property
     def samples(self) -> int:
         return self.blocks.samples
+
+    @property
+    def pass_samples(self) -> int:
+        """Samples of a pass: the listed ones, where there is a list."""
+        return self.listed.samples if self.listed else self.samples
 
     @property
     def incomplete(self) -> tuple[str, ...]:
@@ -128,6 +135,10 @@ class Corpus:
         index = self._index(shard)
         usable = index.table["reason"].is_null().to_numpy(zero_copy_only=False)
         return np.where(usable, index.column("label"), -1)
+
+    def keys(self, shard: int, positions: Sequence[int]) -> list[str]:
+        """The keys of some samples of a shard. Raises OSError, or UserError, without its index."""
+        return [entry.key for entry in _entries(self._index(shard), positions)]
 
     def close(self) -> None:
         """Ends reads from afar, and their retries, at once; none can be begun any more."""
@@ -266,7 +277,8 @@ def _runs(entries: Sequence[Entry], ordered: Sequence[int]) -> Iterator[list[int
 
 
 def open_corpora(config: CorpusConfig) -> dict[str, Corpus]:
-    """The corpora of a run: `shards` and, where it is named, `evaluation`. Raises UserError."""
+    """The corpora of a run: `shards`, with the list of its samples if it is to have one, and, where
+    it is named, `evaluation`. Raises UserError."""
     access = Access(
         config.hosts,
         config.timeout_s,
@@ -274,7 +286,10 @@ def open_corpora(config: CorpusConfig) -> dict[str, Corpus]:
         config.cache,
         int(config.cache_gb * 2**30),
     )
-    corpora = {"shards": Corpus.open(config.shards, config.block_samples, access=access)}
+    shards = Corpus.open(config.shards, config.block_samples, access=access)
+    if config.samples:
+        shards.listed = read_list(config.samples, shards.blocks, shards.fingerprint)
+    corpora = {"shards": shards}
     if config.evaluation:
         corpora["evaluation"] = Corpus.open(
             config.evaluation, config.block_samples, "corpus.evaluation", access

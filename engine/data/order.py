@@ -18,7 +18,7 @@ from engine.data.permute import key_of, lengthened, permute, permute_each
 
 _SHORT = 1 << 32  # keeps the place of a pass's short unit apart from other uses of the seed
 
-__all__ = ["Block", "Blocks", "Order", "Share"]
+__all__ = ["Block", "Blocks", "Order", "Share", "ranges"]
 
 
 class Block(NamedTuple):
@@ -74,6 +74,11 @@ class Blocks:
         start = (block - before) * self.block_samples
         samples = int(self.shard_samples[shard])
         return Block(shard, start, min(self.block_samples, samples - start))
+
+    def holding(self, shards: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Blocks that hold some samples, by shard and position in it, int64 [n]."""
+        cut = -(-self.shard_samples[shards] // self.block_samples)
+        return self._ends[shards] - cut + positions // self.block_samples
 
     def lengths(self, blocks: np.ndarray) -> np.ndarray:
         """Samples of each of some blocks, int64 [n]."""
@@ -154,9 +159,10 @@ class Order:
         return -(-self.lane_samples * self.lanes // self.batch)
 
     @cached_property
-    def torn(self) -> float:
-        """Share of the samples whose block lies in two units, which may come far apart."""
-        return self._row.torn() / max(self.samples, 1)
+    def spread(self) -> float:
+        """Samples of the blocks that a window takes from, for each of its own, on average: a block
+        may lie in two units, which come far apart."""
+        return 1 + self._row.torn() / max(self.samples, 1)
 
     @cached_property
     def _row(self) -> _Row:
@@ -168,12 +174,7 @@ class Order:
         per_lane = self.batch // self.lanes
         within_P = np.arange(step * per_lane, (step + 1) * per_lane)
         places, valid = self._places(pass_, np.arange(rank, self.lanes, world), within_P)
-        slots, offsets = np.divmod(self._filled_up(pass_, places), self.blocks.block_samples)
-        few_slots, which = np.unique(slots, return_inverse=True)
-        units = self._units(pass_, few_slots)[which]
-        in_row = units * self.blocks.block_samples + offsets
-        numbers = self._row.numbers(in_row)
-        return Share(self._row.blocks(numbers), in_row - self._row.starts(numbers), valid)
+        return Share(*self._located(pass_, places), valid)
 
     def coming(
         self, pass_: int, step: int, rank: int = 0, world: int = 1, afresh: bool = False
@@ -204,17 +205,26 @@ class Order:
         over = (lengths > 0) & (window == -(-lengths // self.window_samples))
         return found + (self._window(pass_ + 1, lanes[over], 0) if over.any() else [])
 
+    def _located(self, pass_: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks, and offsets in them, of the samples at some places of the order of a pass."""
+        slots, offsets = np.divmod(self._filled_up(pass_, places), self.blocks.block_samples)
+        few_slots, which = np.unique(slots, return_inverse=True)
+        units = self._units(pass_, few_slots)[which]
+        in_row = units * self.blocks.block_samples + offsets
+        numbers = self._row.numbers(in_row)
+        return self._row.blocks(numbers), in_row - self._row.starts(numbers)
+
     def _blocks_between(self, pass_: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Blocks of the samples from each place `low` to `high` of the order of a pass."""
         size = self.blocks.block_samples
         low, high = self._filled_up(pass_, low), self._filled_up(pass_, high)
-        spans, slots = _ranges(low // size, high // size)
+        spans, slots = ranges(low // size, high // size)
         units = self._units(pass_, slots)
         # A span may begin or end within a unit, and a short unit ends with the row.
         first = units * size + np.maximum(low[spans] - slots * size, 0)
         last = units * size + np.minimum(high[spans] - slots * size, size - 1)
         last = np.minimum(last, self.samples - 1)
-        _, numbers = _ranges(self._row.numbers(first), self._row.numbers(last))
+        _, numbers = ranges(self._row.numbers(first), self._row.numbers(last))
         return self._row.blocks(numbers)
 
     def _spans(self, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +270,7 @@ class Order:
         return np.where(slots == gap, whole, permute(others, whole, self.seed, pass_))
 
 
-def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All integers of the ranges `low` to `high`, both within; before them the range of each."""
     lengths = high - low + 1
     which = np.repeat(np.arange(len(low)), lengths)

@@ -9,6 +9,7 @@ import torch
 
 from engine.data.loader import Batch
 from engine.data.order import Blocks
+from engine.data.sample_list import SampleList
 from engine.labels.store import Recorded
 from engine.labels.targets import (
     BlockView,
@@ -31,7 +32,8 @@ class RecordedSource:
     """Reads what is recorded ahead of its need, and asks `inner` for the rest.
 
     `kept_samples` bounds the blocks held, in samples. A block is looked for when it is requested,
-    so what others record meanwhile is found. It records nothing itself.
+    so what others record meanwhile is found. It records nothing itself. Of the shards no more is
+    needed than the `listed` samples, where there is a list.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class RecordedSource:
         form: Form,
         width: int,
         device: torch.device,
+        listed: SampleList | None = None,
     ) -> None:
         self._recorded, self._blocks, self._inner = recorded, blocks, inner
+        self._listed = listed
         self._kept_samples, self._device = kept_samples, device
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="recorded")
         self._reads: OrderedDict[BlockView, Future[SoftTargets | None]] = OrderedDict()
@@ -119,7 +123,9 @@ class RecordedSource:
             self._unsettled.append(wanted)
 
     def _read(self, wanted: BlockView) -> SoftTargets | None:
-        found = self._recorded[wanted.corpus].get(wanted, self._length(wanted))
+        listed = self._listed if wanted.corpus == "shards" else None
+        needed = listed.offsets(wanted.block) if listed else None
+        found = self._recorded[wanted.corpus].get(wanted, self._length(wanted), needed)
         return found and found._replace(values=exact(found), steps=None)
 
     def _await(self, needed: Sequence[BlockView]) -> dict[BlockView, SoftTargets]:

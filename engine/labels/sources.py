@@ -75,9 +75,10 @@ def opened(config: RunConfig, labellings: Mapping[str, Labelling]) -> dict[str, 
 def missing_blocks(
     config: RunConfig, recorded: Mapping[str, Recorded], corpora: Mapping[str, Corpus]
 ) -> dict[int, int]:
-    """By view, how many blocks of a run's corpora are not recorded."""
+    """By view, how many of the blocks that a run needs of its corpora are not recorded."""
+    shards = corpora["shards"]
     missing = {
-        view: recorded["shards"].missing(view, corpora["shards"].blocks)
+        view: recorded["shards"].missing(view, shards.blocks, shards.listed)
         for view in range(config.views)
     }
     if "evaluation" in recorded:
@@ -164,7 +165,10 @@ def source_of(
     if not recorded:
         assert inner is not None
         return inner
-    return RecordedSource(recorded, blocks, inner, place.kept_samples, labels.form, width, device)
+    listed = corpora["shards"].listed
+    return RecordedSource(
+        recorded, blocks, inner, place.kept_samples, labels.form, width, device, listed
+    )
 
 
 def _uncompiled(assignment: Assignment) -> Assignment:

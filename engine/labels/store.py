@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.config import UserError
 from engine.data.order import Blocks
+from engine.data.sample_list import SampleList
 from engine.labels.folder import Folder, open_folder
 from engine.labels.labelling import Labelling
 from engine.labels.target_files import Damaged, Name, decode, encode, folder_of
@@ -139,16 +140,17 @@ class Recorded:
         self._told: set[str] = set()  # what was said once
         self._lock = threading.Lock()
 
-    def missing(self, view: int, blocks: Blocks) -> int:
-        """Blocks of the corpus whose view is not there as a whole. Lists all names, and reads parts
-        of blocks alone. Raises UserError where the store cannot be listed."""
+    def missing(self, view: int, blocks: Blocks, listed: SampleList | None = None) -> int:
+        """Blocks of the corpus whose view is not there as a whole; or, of those that hold listed
+        samples, not for all of these. Lists all names, and reads parts of blocks alone. Raises
+        UserError where the store cannot be listed."""
         try:
-            listed = self._folder.sizes(f"{self.fingerprint}/{folder_of(view)}")
+            sizes = self._folder.sizes(f"{self.fingerprint}/{folder_of(view)}")
         except OSError as error:
             raise UserError(f"targets.store: {self.where} cannot be listed: {error}") from None
         whole = np.zeros(len(blocks), bool)
         parts: dict[int, list[Name]] = defaultdict(list)
-        for file, size in listed.items():
+        for file, size in sizes.items():
             name = Name.parse(file)
             if name and size and name.block < len(blocks) and name not in self._bad:
                 if name.samples is None:
@@ -156,16 +158,19 @@ class Recorded:
                 else:
                     parts[name.block].append(name)
         for block, names in parts.items():
-            length = blocks.at(block).length
-            enough = not whole[block] and sum(name.samples or 0 for name in names) >= length
-            whole[block] |= enough and self._merged(names, length) is not None
-        return int((~whole).sum())
+            if not whole[block] and (listed is None or listed.counts[block]):
+                needed = listed.offsets(block) if listed else None
+                whole[block] = self._merged(names, blocks.at(block).length, needed) is not None
+        return int((~whole if listed is None else ~whole[listed.used]).sum())
 
-    def get(self, wanted: BlockView, length: int) -> SoftTargets | None:
-        """The labels of a block of `length` samples; None where not all are there."""
+    def get(
+        self, wanted: BlockView, length: int, needed: np.ndarray | None = None
+    ) -> SoftTargets | None:
+        """The labels of a block of `length` samples; None where not all are there, or not all at
+        the offsets `needed`: others then may be zeros, and not valid."""
         name = Name.of(wanted.view, wanted.block)
         found = self._load(name, length)
-        targets = found[0] if found else self._merged(self._parts(name), length)
+        targets = found[0] if found else self._merged(self._parts(name), length, needed)
         if targets:
             with self._lock:
                 self.read += 1
@@ -241,9 +246,13 @@ class Recorded:
         names = (Name.parse(f"{folder}/{file}") for file in files if file.startswith(start))
         return [name for name in names if name and name.samples is not None]
 
-    def _merged(self, names: list[Name], length: int) -> SoftTargets | None:
-        """The block that parts make up; None where some of it is in none."""
-        if sum(name.samples or 0 for name in names) < length:
+    def _merged(
+        self, names: list[Name], length: int, needed: np.ndarray | None = None
+    ) -> SoftTargets | None:
+        """The block that parts make up; None where some of it, or of what is needed of it, is in
+        none."""
+        needed = np.arange(length) if needed is None else needed
+        if sum(name.samples or 0 for name in names) < len(needed):
             return None
         parts = [found for name in names if (found := self._load(name))]
         missing = np.ones(length, bool)
@@ -254,7 +263,7 @@ class Recorded:
                 return None
             missing[offsets] = False
             places.append(offsets)
-        if missing.any() or not parts:
+        if missing[needed].any() or not parts:
             return None
         return _joined([targets for targets, _ in parts], places, length)
 

@@ -34,15 +34,19 @@ class Identity:
     settings: dict[str, Any]  # JSON values, by dotted field
 
     @classmethod
-    def of(cls, config: RunConfig, labelling: Labelling, backbone: str, source: str) -> "Identity":
+    def of(
+        cls, config: RunConfig, labelling: Labelling, backbone: str, source: str, samples: str
+    ) -> "Identity":
         """Of a resolved config, how the corpus is labelled, and where labels come from; `backbone`
-        is the fingerprint of the student's CLIP, whose frozen weights no checkpoint holds."""
+        is the fingerprint of the student's CLIP, whose frozen weights no checkpoint holds,
+        `samples` that of the list of samples to train on, or empty."""
         names = "\n".join(labelling.class_names)
         labels = asdict(labelling) | {"class_names": hashlib.sha256(names.encode()).hexdigest()}
         told = {
             "student.weights": backbone,
             "student.precision": config.student.precision,
             "targets.source": "synthetic" if source == "synthetic" else "teachers",
+            "corpus.samples": samples or "all",
         }
         told |= {f"labelling.{name}": value for name, value in labels.items()}
         return cls(cls.asked(config).settings | json.loads(json.dumps(told)))

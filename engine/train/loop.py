@@ -208,9 +208,10 @@ def train(
 def kept(order: Order, world: int) -> int:
     """Samples of blocks to hold so that labels are not dropped while a window still needs them.
 
-    An average where many blocks lie in two units: one that is dropped is labelled again.
+    An average where many blocks lie in two units, or hold samples that are not listed: one that is
+    dropped is labelled again.
     """
-    window = int(order.window_samples * (1 + order.torn)) + 2 * order.blocks.largest
+    window = int(order.window_samples * order.spread) + 2 * order.blocks.largest
     return 2 * (order.lanes // world) * window
 
 

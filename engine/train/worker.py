@@ -22,7 +22,7 @@ from engine.clip.trained import TrainedTower
 from engine.config import RunConfig, RunFailed, UserError
 from engine.data.corpus import open_corpora
 from engine.data.isolate import decoder_of
-from engine.data.order import Order
+from engine.data.listed_order import order_of
 from engine.data.views import ViewPolicy
 from engine.labels.assignment import Assignment
 from engine.labels.sources import Place, source_of
@@ -93,18 +93,17 @@ class Worker:
         self.w_ND = torch.from_numpy(self.classes.vectors).to(device)
         self.kernels = _kernels(config.train.kernels, self.w_ND)
         self.corpora = open_corpora(config.corpus)
-        self.order = Order(
-            self.corpora["shards"].blocks,
-            config.corpus.lanes,
-            config.train.batch,
-            config.corpus.window_blocks * config.corpus.block_samples,
-            config.seed,
-        )
+        shards = self.corpora["shards"]
+        task.assignment.require_list(shards.listed)
+        batch, seed = config.train.batch, config.seed
+        self.order = order_of(config.corpus, shards.blocks, shards.listed, batch, seed)
         policy = ViewPolicy(config.view_seed, self.clip.image.pixels, config.train.crop_scale)
         threads = config.student.threads
         self.decoder = decoder_of(policy, str(device), threads, config.corpus)
         labelling = task.assignment.labellings["shards"]
-        self.identity = Identity.of(config, labelling, self.clip.fingerprint, task.source)
+        self.identity = Identity.of(
+            config, labelling, self.clip.fingerprint, task.source, task.assignment.samples
+        )
         self.selection = Selection(config.train.selection, config.folder)
         place = Place(
             f"{task.who}/{self.rank}",
