@@ -17,7 +17,7 @@ COMMANDS = {
     "distill": "distil a teacher into a student over unlabeled images",
     "evaluate": "accuracy of a bundle: base, novel, harmonic mean, all classes",
     "predict": "classify images with a bundle, without teacher or text tower",
-    "store": "list, check or tidy the labels that runs have recorded",
+    "store": "list, check, tidy or curate by the labels that runs have recorded",
     "bundle": "add, rename or drop classes of a bundle",
     "export": "write a bundle for ONNX Runtime or open_clip",
     "report": "a run as a page, runs compared, or what benchmarks have measured",

@@ -21,7 +21,8 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class StoreConfig(Section):
-    """Lists, checks or tidies a store of recorded labels (targets.store of a run).
+    """Lists, checks or tidies a store of recorded labels (targets.store of a run). And `promptkd
+    store curate` lists the samples worth training on; it has a --help of its own.
 
     ls: its labellings, and what there is of each view. verify: reads every file, and lists the
     damaged ones; exit code 1 if there are any. gc: removes the labellings not to keep; and in any
@@ -41,6 +42,10 @@ class StoreConfig(Section):
 
 
 def main(args: Sequence[str]) -> int:
+    if args and args[0] == "curate":
+        from jobs.curate import main as curate
+
+        return curate(args[1:])
     config = parse(StoreConfig, args, prog="promptkd store")
     for given, name, action in (
         (config.remove, "remove", "verify"),
