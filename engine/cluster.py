@@ -13,7 +13,7 @@ import ray.exceptions
 import torch
 
 from engine.clip.towers import half_precision, trained_precision
-from engine.config import RunConfig, StudentConfig, UserError
+from engine.config import RunConfig, StudentConfig, TeacherConfig, UserError, share_of
 from engine.progress import say
 from kernels.kl import chosen
 
@@ -179,10 +179,12 @@ def wait_for_room(config: RunConfig, students: Sequence[StudentConfig], streams:
 
 def wanted(config: RunConfig, students: Sequence[StudentConfig], streams: bool) -> dict[str, float]:
     """Ray resources of the teachers, if they are actors, and of the students."""
-    teacher = config.teacher
-    actors = max(teacher.actors, 1) if streams else 0
-    return {
-        "CPU": sum(one.workers * one.cpus for one in students) + actors * teacher.cpus,
-        "GPU": sum(one.workers * (one.gpus or 0) for one in students)
-        + actors * (teacher.gpus or 0),
-    }
+    actors = max(config.teacher.actors, 1) if streams else 0
+    sides: list[tuple[TeacherConfig | StudentConfig, int]] = [(config.teacher, actors)]
+    sides += [(one, one.workers) for one in students]
+    needed = {"CPU": 0.0, "GPU": 0.0}
+    for side, number in sides:
+        takes = {"CPU": side.cpus, "GPU": side.gpus or 0.0, **share_of(side.resource)}
+        for kind, amount in takes.items():
+            needed[kind] = needed.get(kind, 0.0) + number * amount
+    return needed

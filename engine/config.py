@@ -31,6 +31,7 @@ __all__ = [
     "UserError",
     "absolute",
     "shards_field",
+    "share_of",
     "to_dict",
 ]
 
@@ -197,6 +198,9 @@ class TeacherConfig(Section):
     """GPUs of one actor. None: one where the cluster has GPUs, else none."""
     cpus: Annotated[float, Range(0, 1024)] = 0
     """Ray CPUs reserved for one actor; 0 lets it share."""
+    resource: str = ""
+    """Custom resource of the nodes that teachers may run on, as their `ray start --resources` names
+    it; each takes a thousandth. Empty: any node."""
     threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads of one actor, for decoding and for a forward on CPU. 0: its GPUs' share of the
     cluster's CPUs, or 1 where it has no GPU."""
@@ -235,6 +239,8 @@ class StudentConfig(Section):
     """GPUs of one worker. None: one where the cluster has GPUs, else none."""
     cpus: Annotated[float, Range(0, 1024, above=True)] = 1
     """Ray CPUs reserved for one worker."""
+    resource: str = ""
+    """Custom resource of the nodes that workers may run on, as for teachers. Empty: any node."""
     threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads of one worker, for decoding and for a step on CPU. 0: its GPUs' share of the
     cluster's CPUs, or 1 where it has no GPU."""
@@ -490,6 +496,12 @@ class RunConfig(Run):
 
 
 T = TypeVar("T")
+
+
+def share_of(resource: str) -> dict[str, float]:
+    """What an actor takes of a custom Ray resource, "" for none: so little that a node with one of
+    it has room for a thousand."""
+    return {resource: 0.001} if resource else {}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def colleagues(config: RunConfig) -> tuple[Colleague, ...]:
         if told != ClassesConfig():
             raise UserError(f"{file}: classes: only vectors and template are a teacher's own")
         alone = TeacherConfig()
-        for field in ("actors", "max_actors", "gpus", "cpus", "threads"):
+        for field in ("actors", "max_actors", "gpus", "cpus", "resource", "threads"):
             if getattr(one.teacher, field) != getattr(alone, field):
                 raise UserError(
                     f"{file}: teacher.{field}: teachers of a team share their actors; say it in "

@@ -1,6 +1,7 @@
 import pytest
 
-from engine.cluster import threads_of
+from engine.cluster import threads_of, wanted
+from engine.config import RunConfig, StudentConfig, TeacherConfig
 
 NODE = {"CPU": 96.0, "GPU": 8.0}
 
@@ -19,3 +20,14 @@ NODE = {"CPU": 96.0, "GPU": 8.0}
 )
 def test_a_gpus_share_of_the_cpus(gpus, have, threads):
     assert threads_of(gpus, have) == threads
+
+
+def test_what_a_run_wants_of_a_cluster_with_nodes_for_each_side():
+    teacher = TeacherConfig(actors=24, gpus=1, resource="teacher")
+    student = StudentConfig(workers=8, gpus=1, cpus=4, resource="student")
+    config = RunConfig(name="x", teacher=teacher)
+    assert wanted(config, [student, student], True) == pytest.approx(
+        {"CPU": 64, "GPU": 40, "teacher": 0.024, "student": 0.016}
+    )
+    assert wanted(config, [student], False)["teacher"] == 0
+    assert wanted(RunConfig(name="x"), [StudentConfig()], True) == {"CPU": 1, "GPU": 0}

@@ -16,7 +16,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.config import TeacherConfig
+from engine.config import TeacherConfig, share_of
 from engine.labels.assignment import Assignment, labeller_of
 from engine.labels.statements import Statement
 from engine.labels.targets import BlockView, SoftTargets
@@ -116,6 +116,7 @@ def start_teacher(told: TeacherConfig, roster: ActorHandle, node: str) -> ActorH
     actor: Any = ray.remote(TeacherActor).options(
         num_cpus=told.cpus,
         num_gpus=told.gpus,
+        resources=share_of(told.resource),
         memory=1,  # a byte: Ray places an actor that wants nothing anywhere (seen in 2.60)
         max_restarts=-1,
         max_task_retries=-1,

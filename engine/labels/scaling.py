@@ -11,6 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from engine.config import UserError
 from engine.labels.assignment import Assignment
 from engine.labels.pool import start_teacher
 from engine.labels.roster import Roster
@@ -114,11 +115,16 @@ class Pool:
 
     def _start(self) -> None:
         resource = "GPU" if self._assignment.config.device == "cuda" else "CPU"
+        own = self._assignment.config.teacher.resource or resource
         nodes = [
             Node(node["NodeID"], node["Resources"][resource])
             for node in ray.nodes()
-            if node["Alive"] and node["Resources"].get(resource)
+            if node["Alive"] and node["Resources"].get(resource) and node["Resources"].get(own)
         ]
+        if not nodes:
+            raise UserError(
+                f"teacher.resource: no node of the cluster has both {own} and {resource}"
+            )
         where = placed(nodes, Counter(self._places.values()))
         self._places[start_teacher(self._assignment.config.teacher, self.roster, where)] = where
         self._most_at_once = max(self._most_at_once, len(self._places))

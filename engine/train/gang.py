@@ -14,7 +14,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 
-from engine.config import RunFailed, UserError
+from engine.config import RunFailed, UserError, share_of
 from engine.progress import hand_over, say
 from engine.telemetry import Recorder
 from engine.train.stops import hear_sigterm
@@ -101,7 +101,11 @@ def _trainer(task: Task) -> TorchTrainer:
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.student.workers,
             use_gpu=config.device == "cuda",
-            resources_per_worker={"CPU": config.student.cpus, "GPU": config.student.gpus},
+            resources_per_worker={
+                "CPU": config.student.cpus,
+                "GPU": config.student.gpus,
+                **share_of(config.student.resource),
+            },
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
