@@ -13,9 +13,37 @@ from engine.config import UserError
 from engine.data.access import literal_address
 from engine.progress import say
 
-__all__ = ["require_authentication"]
+__all__ = ["jobs_address", "require_authentication"]
 
 _TIMEOUT_S = 30.0
+
+
+def jobs_address(told: str) -> str:
+    """The url that a cluster takes jobs at: as told; else RAY_API_SERVER_ADDRESS; else that of a
+    cluster on this machine. Raises UserError for what is no such url, and says what would be."""
+    address = told or os.environ.get("RAY_API_SERVER_ADDRESS", "") or "http://127.0.0.1:8265"
+    scheme, mark, rest = address.partition("://")
+    host = (rest if mark else address).partition("/")[0].rpartition("@")[2].partition(":")[0]
+    likely = f"http://{host or 'HOST'}:8265"
+    if not mark:
+        raise UserError(f"address: {address} has no scheme; jobs are taken at a url like {likely}")
+    if scheme == "ray":
+        raise UserError(
+            f"address: {address} is where Ray Client connects; jobs go to the dashboard, {likely}"
+        )
+    try:
+        parts = urlsplit(address)
+        named = scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port, or an IPv6 address, that is none
+        named = False
+    if not named:
+        raise UserError(f"address: {address} is not a url like http://HOST:8265")
+    if "@" in parts.netloc:
+        raise UserError(
+            f"address: leave user and password out of it ({likely}): Ray wants a token, as "
+            "RAY_AUTH_TOKEN with RAY_AUTH_MODE=token"
+        )
+    return address.rstrip("/")
 
 
 def require_authentication(address: str, unless_allowed: bool) -> None:
@@ -24,9 +52,7 @@ def require_authentication(address: str, unless_allowed: bool) -> None:
     Raises UserError where there is no answer, and where there is the list, unless that is allowed.
     Says so where the token of RAY_AUTH_MODE=token is going to be sent unencrypted.
     """
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"address: {address} is not a url like http://HOST:8265")
+    parts = urlsplit(jobs_address(address))
     if _is_open(address):
         if not unless_allowed:
             raise UserError(
@@ -35,7 +61,7 @@ def require_authentication(address: str, unless_allowed: bool) -> None:
                 "accept that by --allow-unauthenticated"
             )
         say(f"warning: the Ray cluster at {address} asks for no token: anybody can run jobs there")
-    if parts.scheme == "http" and _sends_token() and not _is_loopback(parts.hostname):
+    if parts.scheme == "http" and _sends_token() and not _is_loopback(parts.hostname or ""):
         say(
             f"warning: the cluster's token, and the job, go to {parts.hostname} unencrypted; "
             "https, or a tunnel to a loopback address (ssh -L), hides them"
@@ -55,7 +81,10 @@ def _is_open(address: str) -> bool:
         why = f"it answers {answer.code} {answer.reason}"
     except (OSError, http.client.HTTPException) as error:
         why = str(getattr(error, "reason", error))
-    raise UserError(f"address: no Ray cluster takes jobs at {address}: {why}")
+    raise UserError(
+        f"address: no Ray cluster takes jobs at {address}: {why}. It is the dashboard's address, "
+        "mostly of port 8265"
+    )
 
 
 class _Unmoved(urllib.request.HTTPRedirectHandler):

@@ -14,10 +14,12 @@ def serving(server: http.server.HTTPServer) -> Iterator[None]:
     """Answers on a thread of its own, and leaves nothing behind."""
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    yield
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @contextmanager

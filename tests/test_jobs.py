@@ -1,17 +1,14 @@
 """The commands, as a user types them."""
 
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from clusters import RAY, cluster, submitted
 
 from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
@@ -182,24 +179,9 @@ def test_the_same_toml_runs_as_a_job_on_a_running_cluster(corpus_folder, tmp_pat
         """
     )
     (tmp_path / "names.txt").write_text("daisy\noak tree\ntulip\n")
-    roles = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
-    port = dict(zip(roles, free_ports(len(roles)), strict=True))
-    ports = [f"--{role}={number}" for role, number in port.items()]
-    ports += ["--dashboard-host=127.0.0.1"]
-    ray = Path(sys.executable).with_name("ray")
-    words = [ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *ports]
-    with open(tmp_path / "head.log", "w") as log:
-        # Ray's sockets want a short path.
-        temporary = tempfile.mkdtemp(prefix="ray")
-        head = subprocess.Popen([*words, f"--temp-dir={temporary}"], stdout=log, stderr=log)
-    submit = ["submit", toml, "--address", f"http://127.0.0.1:{port['dashboard-port']}"]
-    submit += ["--python", sys.executable]
-    try:
-        deadline = time.monotonic() + 120
-        while "no Ray cluster takes jobs" in (run := submitted(submit)).stderr:
-            assert head.poll() is None, (tmp_path / "head.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(2)
+    with cluster(tmp_path, "--num-cpus=2") as address:
+        submit = ["submit", toml, "--address", address, "--python", sys.executable]
+        run = submitted(submit)
         assert run.returncode == 0, run.stderr
         assert "24 images in 3 steps" in run.stdout
         assert json.loads((tmp_path / "job" / "ledger.json").read_text())["trained"] == 24
@@ -210,10 +192,6 @@ def test_the_same_toml_runs_as_a_job_on_a_running_cluster(corpus_folder, tmp_pat
         run = submitted(submit, RAY_AUTH_MODE="disabled")
         assert run.returncode == 2 and "Authentication required" in run.stderr
         stopped_and_resumed([*submit, "--train.passes", "200", "--name", "long"], tmp_path / "long")
-    finally:
-        head.terminate()
-        head.wait(60)
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def stopped_and_resumed(submit: list[object], folder: Path) -> None:
@@ -226,8 +204,7 @@ def stopped_and_resumed(submit: list[object], folder: Path) -> None:
     while not steps_of(folder):
         assert time.monotonic() < deadline and job.poll() is None, job.stderr.read()
         time.sleep(0.2)
-    ray = Path(sys.executable).with_name("ray")
-    subprocess.run([ray, "job", "stop", name, "--address", submit[3]], check=True)
+    subprocess.run([RAY, "job", "stop", name, "--address", submit[3]], check=True)
     assert job.wait(60) != 0
     job.stderr.close()
     done = steps_of(folder)
@@ -245,19 +222,3 @@ def steps_of(folder: Path) -> list[int]:
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [one["step"] for one in map(json.loads, lines) if one["kind"] == "train"]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, outside those that Ray gives its workers (10002 to 19999)."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    numbers = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    assert min(numbers) > 20_000
-    return numbers
-
-
-def submitted(words: list[object], **env: str) -> subprocess.CompletedProcess[str]:
-    """`promptkd submit` in a process of its own, since Ray reads its token once a process."""
-    command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)

@@ -43,7 +43,7 @@ PLACES = {
         "engine/data/bucket.py",
         "engine/labels/folder.py",
     ),
-    "aiohttp": ("engine/data/web.py",),
+    "aiohttp": ("engine/data/web.py", "engine/ray_jobs.py"),
     "yarl": ("engine/data/web.py",),
     "tyro": ("engine/parse.py",),
     "rich": ("engine/progress.py", "engine/live.py"),
@@ -65,7 +65,7 @@ PLACES = {
         "engine/cluster.py",
         "engine/index.py",
         "engine/track/ray_metrics.py",
-        "jobs/submit.py",
+        "engine/ray_jobs.py",
     ),
 }
 OURS = ("engine", "kernels", "jobs")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from servers import serving
 
-from engine.config import CorpusConfig, UserError
+from engine.config import CorpusConfig, RunFailed, UserError
 from engine.data.places import check_places
-from engine.jobs_server import require_authentication
+from engine.jobs_server import jobs_address, require_authentication
 from jobs import cli
 
 
@@ -87,6 +87,78 @@ def test_what_is_no_jobs_server_is_named(status):
     for address in ("ftp://h", "anything://h:1", "http://", "file:///etc"):
         with pytest.raises(UserError, match="is not a url like"):
             require_authentication(address, unless_allowed=True)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("head:8265", r"head:8265 has no scheme.*http://head:8265$"),
+        ("10.0.0.1:6379", r"no scheme.*http://10\.0\.0\.1:8265$"),
+        ("auto", r"auto has no scheme"),
+        ("ray://head:10001", r"Ray Client.*http://head:8265$"),
+        ("https://me:secret@head/", r"leave user and password out of it \(http://head:8265\)"),
+        ("http://head:99999", r"is not a url like"),
+        ("http://[::1", r"is not a url like"),
+    ],
+)
+def test_an_address_that_is_none_is_told_what_it_should_be(told, message):
+    with pytest.raises(UserError, match=rf"^address: .*{message}") as refused:
+        jobs_address(told)
+    assert "secret" not in str(refused.value)
+
+
+def test_the_address_is_the_one_that_is_told_and_then_that_of_the_environment(monkeypatch):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert jobs_address("") == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://there/")
+    assert jobs_address("") == "https://there"
+    assert jobs_address("http://here:1") == "http://here:1"
+
+
+@pytest.mark.parametrize("words", [("--stop", "a/../b"), ("--follow=x", "--stop=y"), ("--stop=",)])
+def test_a_job_is_one_and_has_a_plain_name(words, capsys):
+    assert cli.main(["submit", "--address", "http://127.0.0.1:1", *words]) == 2
+    assert "stop" in capsys.readouterr().err
+
+
+def test_a_locked_environment_has_no_interpreter_of_the_clusters(tmp_path, capsys):
+    words = ["--environment", "locked", "--python", "/opt/python", "--corpus.shards", "/0.tar"]
+    assert submit(tmp_path, "http://127.0.0.1:1", *words) == 2
+    assert "python: --environment locked" in capsys.readouterr().err
+
+
+ENDED = [
+    # status, exit code, kind of error, message -> our exit code, or what we say
+    ("SUCCEEDED", 0, None, "", 0),
+    ("STOPPED", None, None, "", 143),
+    ("FAILED", 2, "JOB_ENTRYPOINT_COMMAND_ERROR", "promptkd distill: name: ...", 2),
+    ("FAILED", 1, "JOB_ENTRYPOINT_COMMAND_ERROR", "promptkd distill: student worker 0 failed", 1),
+    ("FAILED", 127, None, "sh: 1: snake: not found", r"^python: .* no interpreter snake;"),
+    ("FAILED", 1, None, "ModuleNotFoundError: No module named 'torch'", r"^python: .* torch;"),
+    ("FAILED", None, "RUNTIME_ENV_SETUP_FAILURE", "no space left", r"^environment: .*no space"),
+    ("FAILED", None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "900 s", r"did not start: 900 s"),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "kind", "message", "ours"), ENDED)
+def test_how_a_job_has_ended_becomes_an_exit_code(status, code, kind, message, ours):
+    from ray.dashboard.modules.job.pydantic_models import JobDetails
+
+    from engine.ray_jobs import _exit_code
+
+    info = JobDetails(
+        type="SUBMISSION",
+        status=status,
+        entrypoint="snake -m jobs.distill run.json",
+        message=message,
+        error_type=kind,
+        driver_exit_code=code,
+    )
+    if isinstance(ours, int):
+        assert _exit_code(info) == ours
+    else:
+        with pytest.raises((UserError, RunFailed), match=ours):
+            _exit_code(info)
 
 
 @pytest.mark.parametrize(
