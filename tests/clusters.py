@@ -7,13 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RAY = Path(sys.executable).with_name("ray")
+_START_S = 180  # on a busy machine
 
 
 def free_ports(count: int) -> list[int]:
@@ -46,8 +45,7 @@ def cluster(folder: Path, head: str, *nodes: str, ray: Path = RAY) -> Iterator[s
             with open(log, "w") as file:
                 command = [ray, "start", "--block", "--disable-usage-stats", agent, *options]
                 started.append(subprocess.Popen(command, stdout=file, stderr=file))
-            if not number:
-                _wait_until_it_answers(address, started[0], log)
+            _wait_until_started(started[-1], log)
         yield address
     finally:
         for one in reversed(started):
@@ -64,17 +62,8 @@ def submitted(words: list[object], **env: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
 
 
-def _wait_until_it_answers(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            with urllib.request.urlopen(f"{address}/api/version", timeout=10):
-                return
-        except urllib.error.HTTPError as answer:
-            answer.close()
-            if answer.code == 401:
-                return
-        except OSError:
-            pass
-        assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+def _wait_until_started(node: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while "Ray runtime started" not in (told := log.read_text()):
+        assert node.poll() is None and time.monotonic() < deadline, told
         time.sleep(0.5)
