@@ -66,15 +66,19 @@ class RayJobs:
 
     def follow(self, job: str) -> int:
         """Prints what a job prints until it ends, and gives its exit code; 143 where it was
-        stopped. Raises UserError where it could not start."""
+        stopped. Raises UserError where it could not start, RunFailed where the cluster is lost."""
+        self._info(job, "follow")
         try:
-            self._info(job, "follow")
             asyncio.run(self._print_log(job))
             while not (info := self._info(job, "follow")).status.is_terminal():
                 time.sleep(_POLL_S)  # its log broke off before
         except KeyboardInterrupt:
             say(f"job {job} goes on. {self.told(job)}")
             raise
+        except UserError as lost:
+            raise RunFailed(
+                f"job {job} is out of sight, and may go on: {lost}\n{self.told(job)}"
+            ) from None
         say(f"job {job}: {info.status.value}")
         return _exit_code(info)
 

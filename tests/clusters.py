@@ -44,7 +44,8 @@ def cluster(folder: Path, head: str, *nodes: str, ray: Path = RAY) -> Iterator[s
             log = folder / f"node-{number}.log"
             with open(log, "w") as file:
                 command = [ray, "start", "--block", "--disable-usage-stats", agent, *options]
-                started.append(subprocess.Popen(command, stdout=file, stderr=file))
+                env = os.environ | {"RAY_raylet_start_wait_time_s": str(_START_S)}
+                started.append(subprocess.Popen(command, stdout=file, stderr=file, env=env))
             _wait_until_started(started[-1], log)
         yield address
     finally:
