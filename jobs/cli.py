@@ -43,6 +43,8 @@ def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], nam
     """Calls a command's main; how it ends becomes a message and an exit code, see main()."""
     from engine.config import Drained, RunFailed, UserError
 
+    # Read when Ray is imported: a thread that outlives its cluster is not to start another.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         return command(args) or 0
     except UserError as error:

@@ -173,7 +173,7 @@ def test_ctrl_c_before_students_learn_stops_at_once(start, phase):
     processes = run.processes()
     os.killpg(run.driver.pid, signal.SIGINT)
     assert run.ended(20) == 130, run.said()
-    assert "promptkd distill: interrupted" in run.said() and not run.steps()
+    assert run.said().endswith("promptkd distill: interrupted\n") and not run.steps()
     all_gone(processes, 30)
 
 
