@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test test-all gpu-test bench bench-gpu lint types constraints clean
+.PHONY: quickstart test test-all gpu-test bench bench-gpu browser lint types constraints clean
 
 quickstart: .venv/.ready
 	$(BIN)/promptkd quickstart
@@ -26,6 +26,15 @@ bench: .venv/.ready
 
 bench-gpu: $(if $(BENCH_PYTHON),,.venv/.ready)
 	$(or $(BENCH_PYTHON),$(BIN)/python) benchmarks/suite.py --gpu
+
+# For the tests that look at pages: Debian's Chromium, where there is no browser of its kind.
+browser:
+	@for name in chromium chromium-browser google-chrome; do \
+		command -v $$name && exit; \
+	done; \
+	as_root=$$(test $$(id -u) = 0 || echo sudo); \
+	$$as_root apt-get -qq update && \
+	$$as_root apt-get -qq install --no-install-recommends chromium
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

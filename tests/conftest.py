@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ import torch
 from hypothesis import settings
 from PIL import Image
 from servers import Bucket, serving
+
+if TYPE_CHECKING:
+    from browser import Browser
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("house")
@@ -110,6 +114,25 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """A headless Chromium; skips the test where there is none."""
+    from browser import installed, running
+
+    if not (program := installed()):
+        pytest.skip("no browser: `make browser` installs one")
+    with running(program) as one:
+        yield one
+
+
+@pytest.fixture
+def artefacts(tmp_path: Path) -> Path:
+    """Where to leave what somebody may want to look at: the folder PROMPTKD_ARTEFACTS, if set."""
+    folder = Path(os.environ.get("PROMPTKD_ARTEFACTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture
