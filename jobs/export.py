@@ -17,6 +17,8 @@ class ExportConfig(Section):
 
     `onnx`: a file for ONNX Runtime, from uint8 pixels of the test view to logits and features.
     `open_clip`: a folder that open_clip loads, with a small file that makes it the student.
+    In that folder, or beside that file, model_card.md tells what it is, with the numbers of the run
+    where the bundle still lies in its folder; one that is there already is left as it is.
     """
 
     bundle: Positional[str]
@@ -35,14 +37,21 @@ def main(args: Sequence[str]) -> None:
     config = parse(ExportConfig, args, prog="promptkd export")
     from engine.clip.bundle import Bundle
     from engine.clip.export import export_onnx, export_open_clip
+    from engine.model_card import CARD, Run, model_card, run_of, write
 
-    bundle = Bundle.load(Path(config.bundle))
+    out, bundle = Path(config.out), Bundle.load(Path(config.bundle))
+    told = run_of(Path(config.bundle), bundle)
     export = export_onnx if config.format == "onnx" else export_open_clip
-    off = export(bundle, Path(config.out), config.model, config.weights)
+    off = export(bundle, out, config.model, config.weights)
     print(
         f"{config.out}: {len(bundle.class_names)} classes; features differ from the bundle's by "
         f"{off.features:.1e}, logits by {off.logits:.1e} of the largest"
     )
+    folder = out.parent if config.format == "onnx" else out
+    about = "with the results of its run" if isinstance(told, Run) else f"no results, since {told}"
+    if not write(folder, model_card(bundle, told, config.format, out.name)):
+        about = "exists, and is left as it is"
+    print(f"{folder / CARD}: {about}")
 
 
 if __name__ == "__main__":

@@ -10,51 +10,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from bundles import NAMES, make_bundle, photo, printed_by
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import clip_folder
 
 from engine.clip.bundle import Bundle
 from engine.clip.export import export_onnx, export_open_clip
-from engine.clip.prompts import PromptedTower
 from engine.clip.towers import load_clip
-from engine.clip.trained import TrainedTower
 from engine.config import UserError
 from jobs import cli
-
-NAMES = ("daisy", "oak tree", "ü")
-
-
-def make_bundle(
-    model: str, weights: str = "", depth: int = 3, prompts: int = 2, layers: int | None = 0
-) -> Bundle:
-    """`layers` of the tower are trained, so that they are not what they were; None: all."""
-    clip = load_clip(model, weights, "")
-    tower = clip.image if layers == 0 else TrainedTower(clip, layers)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        student = PromptedTower(tower, prompts, depth, hidden=12, outputs=10, seed=3)
-        for name, param in student.named_parameters():
-            if name == "prompts":
-                param.data.normal_()
-            elif name.startswith("tower.") and param.requires_grad:
-                param.data += 0.1 * torch.randn_like(param)
-        pixels = clip.image.pixels
-        for _ in range(3):  # the running statistics leave their start
-            student(torch.randint(0, 256, (4, 3, pixels, pixels), dtype=torch.uint8))
-        student.projector.norm.weight.data.normal_()
-        vectors = torch.nn.functional.normalize(torch.randn(3, 10), dim=-1)
-    return Bundle(
-        learned=student.state_dict(),
-        class_vectors=vectors,
-        class_names=NAMES,
-        model=model,
-        weights=weights,
-        backbone=clip.fingerprint,
-        teacher="t" * 64,
-        logit_scale=20.0,
-        pixels=pixels,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +49,13 @@ def test_onnx_runtime_answers_as_the_bundle(bundle, images, tmp_path, capfd):
     import onnxruntime
 
     bundle.save(tmp_path / "bundle.safetensors")
-    out = tmp_path / "new" / "student.onnx"
+    out = tmp_path / "new" / "it's.onnx"
     words = ["export", tmp_path / "bundle.safetensors", out, "--format", "onnx"]
     assert cli.main([str(word) for word in words]) == 0
     told = capfd.readouterr().out
-    assert told.startswith(f"{out}: 3 classes; features differ") and told.count("\n") == 1
-    assert [path.name for path in out.parent.iterdir()] == ["student.onnx"], "one file, whole"
+    assert told.startswith(f"{out}: 3 classes; features differ") and told.count("\n") == 2
+    there = sorted(path.name for path in out.parent.iterdir())
+    assert there == ["it's.onnx", "model_card.md"], "one file, whole, and its card"
 
     session = onnxruntime.InferenceSession(out)
     (given,) = session.get_inputs()
@@ -106,6 +72,11 @@ def test_onnx_runtime_answers_as_the_bundle(bundle, images, tmp_path, capfd):
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["class_names"]) == list(NAMES) and float(about["logit_scale"]) == 20
     assert json.loads(about["preprocessing"])["pixels"] == 16
+
+    picture = photo(out.parent)
+    assert cli.main(["predict", str(tmp_path / "bundle.safetensors"), str(picture)]) == 0
+    (best, *_) = json.loads(capfd.readouterr().out)["top"]
+    assert printed_by((out.parent / "model_card.md").read_text(), out.parent) == best
 
 
 def test_a_missing_package_is_named(bundle, tmp_path, monkeypatch):

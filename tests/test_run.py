@@ -24,6 +24,7 @@ from engine.clip.class_vectors import ClassVectors
 from engine.config import UserError, to_dict
 from engine.data.shards import write_shards
 from engine.index import index
+from engine.model_card import model_card, run_of
 from engine.run import distill
 from jobs import cli
 from jobs.quickstart import HERE
@@ -59,7 +60,10 @@ def test_two_teachers_and_two_students_learn_what_one_with_an_inline_teacher_doe
         assert summary["teacher"]["agreement"] == 100
         assert json.loads((folder / "config.json").read_text())["versions"]["ray"]
         assert [p.name for p in (folder / "checkpoints").iterdir()]
-        assert Bundle.load(folder / "bundle.safetensors").class_names == CLASSES
+        bundle = Bundle.load(folder / "bundle.safetensors")
+        assert bundle.class_names == CLASSES
+        card = model_card(bundle, run_of(folder / "bundle.safetensors", bundle), "onnx", "x.onnx")
+        assert f" {summary['student_after']['hm']:.2f} |" in card and "undecodable` 2" in card
         assert_workers_told(folder, 2 if name == "two" else 1, ledger)
         tracked = scalars(folder / "tensorboard")
         assert [loss for _, loss in tracked["train/loss"]] == pytest.approx(losses(folder))

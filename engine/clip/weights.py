@@ -20,7 +20,7 @@ from engine.config import UserError
 from engine.json_text import parse_json
 from engine.tensor_files import open_tensors
 
-__all__ = ["LOCAL", "check_weights", "local_config", "named_tensors", "vision_shape"]
+__all__ = ["LOCAL", "check_weights", "hub_model", "local_config", "named_tensors", "vision_shape"]
 
 LOCAL = "local-dir:"
 
@@ -38,6 +38,15 @@ def vision_shape(model: str) -> VisionShape:
     vision = (local_config(model) if local else open_clip.get_model_config(model))["vision_cfg"]
     size = vision["image_size"]
     return VisionShape(int(size[0] if isinstance(size, list) else size), int(vision["layers"]))
+
+
+def hub_model(model: str, weights: str) -> str | None:
+    """OWNER/NAME on the Hugging Face Hub, where `weights` is a tag that open_clip finds there."""
+    place = open_clip.get_pretrained_cfg(model, weights).get("hf_hub", "")
+    owner, _, rest = place.partition("/")
+    if not rest or Path(weights).is_file():
+        return None
+    return f"{owner}/{rest.partition('/')[0]}"
 
 
 def local_config(model: str) -> dict[str, Any]:
