@@ -12,7 +12,10 @@ from jobs.cli import run
 
 @dataclass(frozen=True)
 class StoreConfig(Section):
-    """Stores the class vectors of a teacher, for `classes.vectors` of a run."""
+    """Stores the class vectors of a teacher, for `classes.vectors` of a run.
+
+    No class names at hand? `promptkd classes --mine` proposes some: it has a --help of its own.
+    """
 
     names: Positional[str]
     """Text file of class names, one a line, in label order."""
@@ -32,6 +35,10 @@ class StoreConfig(Section):
 
 
 def main(args: Sequence[str]) -> None:
+    if "--mine" in args:
+        from jobs import mine
+
+        return mine.main([word for word in args if word != "--mine"])
     config = parse(StoreConfig, args, prog="promptkd classes")
     from engine.clip.class_vectors import ClassVectors, encode_classes, own_templates
     from engine.clip.names import read_names

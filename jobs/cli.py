@@ -11,7 +11,7 @@ COMMANDS = {
     "shards": "pack images, or a data set of the paper, into WebDataset shards",
     "index": "index and check the shards of a folder",
     "pretrain": "adapt a teacher from a few labelled images (stage I)",
-    "classes": "store the class vectors of a teacher",
+    "classes": "store the class vectors of a teacher; --mine: propose class names",
     "label": "run a distillation's teachers alone: into a store, or to time them",
     "plan": "teachers, students, hours and cost, from rates",
     "distill": "distil a teacher into a student over unlabeled images",
