@@ -10,13 +10,16 @@ _PIECE_BYTES = 1 << 24  # of one write
 
 def write(path: Path, data: bytes) -> None:
     """Writes a file and flushes it, though not its name; through `os.write`, so that a full disk is
-    an error."""
+    an error, which names the file."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(file, rest[:_PIECE_BYTES]) :]
         os.fsync(file)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(file)
 

@@ -40,11 +40,17 @@ class Lease:
     """A run folder that is this process's to write to, until close()."""
 
     def __init__(self, file: Path) -> None:
-        """Raises FileExistsError where somebody has it."""
+        """Raises FileExistsError where somebody has it, and OSError on a full disk."""
         self.owner = uuid.uuid4().hex
         self._file = file
         self._opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._write(draining=False)
+        try:
+            self._write(draining=False)
+        except OSError as error:
+            os.close(self._opened)
+            file.unlink()  # it would name nobody
+            error.filename = str(file)
+            raise
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()

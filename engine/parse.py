@@ -16,12 +16,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import tyro
 from tyro.conf import Positional, arg
 
-from engine.config import UserError
+from engine.config import RunConfig, UserError
+from engine.config_pretrain import PretrainConfig
 from engine.json_text import parse_json
+from engine.parse_unknown import no_longer, unknown
 
 __all__ = ["Flat", "Positional", "parse"]
 
 T = TypeVar("T")
+# Whose files others may be taken for.
+_STAGES = {"promptkd distill": RunConfig, "promptkd pretrain": PretrainConfig}
 Flat = Annotated[T, arg(name="")]  # a nested config whose own name does not show in its flags
 
 
@@ -45,9 +49,9 @@ def parse(
     """
     files, words = _split(args, schema) if from_files else ([], list(args))
     files += more
-    flags = [flag for file in files for flag in _file_flags(file, schema)]
+    flags = [flag for file in files for flag in _file_flags(file, schema, prog)]
     if presets and (preset := presets / f"{_preset([*flags, *words])}.toml").exists():
-        flags = [*_file_flags(str(preset), schema), *flags]
+        flags = [*_file_flags(str(preset), schema, prog), *flags]
     source = f"read from {', '.join(files)}, then the command line"
     try:
         return tyro.cli(schema, args=flags + words, prog=prog, use_underscores=True)
@@ -89,7 +93,8 @@ def _preset(words: Sequence[str]) -> str:
     return named
 
 
-def _file_flags(file: str, schema: type) -> Iterator[str]:
+def _file_flags(file: str, schema: type, prog: str) -> Iterator[str]:
+    """A file's fields as flags. Raises UserError, naming the file and each field that is wrong."""
     try:
         text = Path(file).read_text()
         tree = parse_json(text) if file.endswith(".json") else tomllib.loads(text)
@@ -100,10 +105,16 @@ def _file_flags(file: str, schema: type) -> Iterator[str]:
     if not isinstance(tree, dict):
         raise UserError(f"{file}: holds no fields")
     types = dict(_types(schema))
-    for name, value in _leaves(tree):
+    stages = {one: dict(_types(fields)) for one, fields in _STAGES.items() if one != prog}
+    leaves = dict(_leaves(tree))
+    wrong = [unknown(name, types, stages) for name in leaves if name not in types]
+    wrong += filter(None, (no_longer(name, value) for name, value in leaves.items()))
+    if wrong:
+        raise UserError("\n".join(f"{file}: {why}" for why in dict.fromkeys(wrong)))
+    for name, value in leaves.items():
         section, _, last = name.rpartition(".")
-        known = types.get(name)
-        if known and not _fits(value, known):
+        known = types[name]
+        if not _fits(value, known):
             raise UserError(f"{file}: --{name} cannot be {value!r}")
         if value is None:
             continue  # as it is by default
@@ -112,8 +123,6 @@ def _file_flags(file: str, schema: type) -> Iterator[str]:
         elif known is bool:
             flag = last if value else f"no_{last}"
             yield f"--{section}.{flag}" if section else f"--{flag}"
-        elif not known and (last == "help" or last.startswith("no_")):
-            raise UserError(f"{file}: there is no --{name} in a file")
         else:
             yield f"--{name}={value}"  # in one word, since a value may begin with a dash
 

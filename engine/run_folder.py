@@ -94,15 +94,16 @@ def create(run: Run, identity: Identity | None = None, **life: Any) -> Path:
     """
     folder, now = run.folder, time.time_ns()
     made, old = (folder.with_name(f"{folder.name}.{now}.{kind}") for kind in ("new", "old"))
-    try:
-        made.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"runs_dir: {folder} cannot be made: {error.strerror}") from None
     first = _life(**life)
     about = {"versions": first["versions"], "git_sha": first["git_sha"], "lives": [first]}
-    if identity:
-        write(made / _IDENTITY, identity.settings)
-    write(made / "config.json", to_dict(run) | about)
+    try:
+        made.mkdir(parents=True)
+        if identity:
+            write(made / _IDENTITY, identity.settings)
+        write(made / "config.json", to_dict(run) | about)
+    except OSError as error:
+        shutil.rmtree(made, ignore_errors=True)
+        raise UserError(f"runs_dir: {folder} cannot be made: {error.strerror}") from None
     if run.overwrite and folder.exists():
         folder.rename(old)
     try:

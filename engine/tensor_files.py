@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from engine import durable
@@ -40,15 +40,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Writes tensors and their description atomically, making the folder if need be."""
+    """Writes tensors and their description atomically, making the folder if need be. Raises
+    OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
     stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    partial.touch()
-    mode = partial.stat().st_mode  # as the umask has it; safetensors would let nobody else read
-    partial.unlink()
-    save_file(stored, partial, dict(about) or None)
-    partial.chmod(mode)
-    durable.flush(partial)
-    partial.replace(path)
-    durable.flush(path.parent)
+    durable.replace(path, save(stored, dict(about) or None))

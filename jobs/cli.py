@@ -1,13 +1,17 @@
 """The `promptkd` command: `promptkd distill run.toml` is `python -m jobs.distill run.toml`."""
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PRESETS = Path(__file__).parent / "configs" / "presets"  # folders of TOML files, by command
 COMMANDS = {
+    "doctor": "what works on this machine, and how to mend what does not",
     "shards": "pack images, or a data set of the paper, into WebDataset shards",
     "index": "index and check the shards of a folder",
     "pretrain": "adapt a teacher from a few labelled images (stage I)",
@@ -24,6 +28,7 @@ COMMANDS = {
     "submit": "run a distillation as a Ray job on a cluster",
     "quickstart": "the whole way on a generated domain, in minutes",
 }
+_ROOM = "; free some, and give the command again: of a run that has begun, with --resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0
+    if words[0] == "--version":
+        print(f"promptkd {_version()}")
+        return 0
     if words[0] not in COMMANDS:
-        print(f"promptkd: no command {words[0]!r}\n\n{_help()}", file=sys.stderr)
+        print(f"promptkd: no command {words[0]!r}{_instead(words[0])}", file=sys.stderr)
         return 2
     return run(importlib.import_module(f"jobs.{words[0]}").main, words[1:], words[0])
 
@@ -57,9 +65,11 @@ def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], nam
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        print(f"promptkd {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"promptkd {name}: {where}{error.strerror}{_ROOM if full else ''}", file=sys.stderr)
         return 2
     except Drained as word:
         print(f"promptkd {name}: {word}", file=sys.stderr)
@@ -67,6 +77,22 @@ def run(command: Callable[[Sequence[str]], int | None], args: Sequence[str], nam
     except KeyboardInterrupt as word:
         print(f"promptkd {name}: {f'{word}' or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _version() -> str:
+    try:
+        return version("promptkd-engine")
+    except PackageNotFoundError:
+        return f"of {Path(__file__).parents[1]}, which is not installed"
+
+
+def _instead(word: str) -> str:
+    """The command that was meant, as far as can be told; else all of them."""
+    if word.endswith((".toml", ".json")):
+        return f"; is it `promptkd distill {word}`?"
+    near = get_close_matches(word.lower(), COMMANDS, 1)
+    all_ = "promptkd --help lists all"
+    return f"; is it `promptkd {near[0]}`? {all_}" if near else f"\n\n{_help()}"
 
 
 def _help() -> str:
@@ -77,7 +103,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "promptkd COMMAND --help lists a command's options.",
+            "promptkd COMMAND --help lists a command's options; promptkd --version the version.",
         ]
     )
 

@@ -1,9 +1,13 @@
 """engine.config and jobs.cli: one parser for TOML and flags, one screen for what is wrong."""
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -12,7 +16,7 @@ import pytest
 from engine.config import RunConfig, Section, UserError, absolute, to_dict
 from engine.config_pretrain import PretrainConfig
 from engine.parse import Flat, parse
-from jobs.cli import COMMANDS, PRESETS, main
+from jobs.cli import COMMANDS, PRESETS, main, run
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "jobs" / "configs" / "quickstart").glob("*.toml"))
@@ -107,9 +111,14 @@ def test_numbers_survive_toml_exactly(toml):
 
 
 WRONG = {  # TOML: what the message has to name
-    "[train]\nnonsense = 1": "--train.nonsense",
-    "[trian]\nlr = 1.0": "--trian.lr",
-    "train = 3": "--train",
+    "[train]\nnonsense = 1": "train.nonsense: there is no such field",
+    "[trian]\nlr = 1.0": "trian.lr: there is no such field; is it train.lr?",
+    "train = 3": "train is a section: [train]",
+    "[train]\nno_lr = 1": "train.no_lr: there is no such field",
+    "help = true": "help: there is no such field",
+    "[teacher]\ngpus = -1": "teacher.gpus = -1 is of an older version: leave it out",
+    "[prompts]\ndepth = 3": "prompts.depth is a field of `promptkd pretrain`",
+    '[teacher.model]\nname = "a"': "teacher.model is a field, and not a section",
     '[train]\nlr = "fast"': "--train.lr",
     "[train]\npasses = 1.5": "--train.passes",
     "[train]\npasses = true": "--train.passes",
@@ -382,8 +391,46 @@ def test_help_is_quick(words: list[str]):
     assert all(name in told.stdout for name in (["--train.lr"] if len(words) > 1 else COMMANDS))
 
 
+def test_every_wrong_field_of_a_file_is_named_at_once(toml, complaint):
+    """Also where a run's own record, which tells more than settings, is given as a file."""
+    message = complaint(toml('name = "a"\nlr = 0.1\n[trian]\nlr = 1\n[teacher]\ngpus = -1\n'))
+    assert message.count("run.toml: ") == 3
+    record = toml('{"name": "a", "git_sha": null, "lives": [{"wall_s": 1}]}', "config.json")
+    message = complaint(record)
+    assert "lives: a run tells this of itself" in message and "older version" not in message
+
+
 def test_an_unknown_command_is_refused(capsys):
-    assert main(["destil"]) == 2
+    assert main(["xyz"]) == 2
     told = capsys.readouterr().err
-    assert "destil" in told and all(name in told for name in COMMANDS)
+    assert "xyz" in told and all(name in told for name in COMMANDS)
     assert main([]) == 0
+
+
+@pytest.mark.parametrize(
+    "word, meant",
+    [("destil", "distill"), ("evaluation", "evaluate"), ("my.toml", "distill my.toml")],
+)
+def test_an_unknown_command_has_its_nearest_proposed(capsys, word: str, meant: str):
+    assert main([word]) == 2
+    told = capsys.readouterr().err
+    assert f"no command {word!r}; is it `promptkd {meant}`?" in told and len(told.splitlines()) == 1
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"promptkd {version('promptkd-engine')}\n"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_a_way_on(capsys, code: int):
+    """Python names no file where a write, and not an open, has failed."""
+
+    def command(words: Sequence[str]) -> None:
+        raise OSError(int(words[0]), os.strerror(int(words[0])))
+
+    assert run(command, [str(code)], "distill") == 2
+    told = capsys.readouterr().err
+    assert os.strerror(code) in told and "--resume" in told
+    with pytest.raises(OSError):  # another one without a file is for the programmer
+        run(command, [str(errno.EBADF)], "distill")

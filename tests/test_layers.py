@@ -34,7 +34,7 @@ PLACES = {
         "jobs/quickstart/pretrain.py",
     ),
     "onnxruntime": ("engine/clip/export.py",),
-    "deepspeed": ("engine/train/student.py",),
+    "deepspeed": ("engine/train/student.py", "engine/doctor/libraries.py"),
     "nvidia": ("engine/data/dali.py", "engine/data/decode.py"),
     "webdataset": ("engine/data/shards.py", "engine/data/index.py"),
     "fsspec": (
@@ -51,7 +51,7 @@ PLACES = {
     "jinja2": ("engine/report/page.py",),
     "markupsafe": ("engine/report/svg.py", "engine/report/charts.py", "engine/report/page.py"),
     "psutil": ("engine/train/gang.py",),
-    "pynvml": ("engine/telemetry.py",),
+    "pynvml": ("engine/telemetry.py", "engine/doctor/libraries.py"),
     "tensorboardX": ("engine/track/tensorboard.py",),
     "wandb": ("engine/track/services.py",),
     "trackio": ("engine/track/services.py",),
@@ -66,6 +66,7 @@ PLACES = {
         "engine/index.py",
         "engine/track/ray_metrics.py",
         "engine/ray_jobs.py",
+        "engine/doctor/cluster.py",
     ),
 }
 OURS = ("engine", "kernels", "jobs")
