@@ -13,6 +13,7 @@ Assumed of the file system, which may be shared by nodes: creating with O_EXCL a
 atomic, and open() sees what another node has flushed (as NFS has it).
 """
 
+import errno
 import json
 import os
 import socket
@@ -77,7 +78,9 @@ class Lease:
             "machine": _machine(),
             "draining": int(draining),  # one byte, so that it is never seen in part
         }
-        os.pwrite(self._opened, f"{json.dumps(told)}\n".encode(), 0)
+        text = f"{json.dumps(told)}\n".encode()
+        if os.pwrite(self._opened, text, 0) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._opened)
 
     def _renew(self) -> None:

@@ -33,8 +33,9 @@ class AnyRun(RunConfig):
 class DoctorConfig(DistillConfig):
     """Checks this machine, and the run of a TOML file if one is named first.
 
-    Takes what `promptkd distill` takes. Each check has a process and a time limit of its own. Exit
-    code 0: all that is required works; 1: something required fails.
+    Takes what `promptkd distill` takes; of several students, it checks what they have in common.
+    Each check has a process and a time limit of its own. Exit code 0: all that is required works;
+    1: something required fails.
     """
 
     run: Flat[AnyRun]  # type: ignore[assignment]
@@ -88,7 +89,11 @@ def row(finding: "Finding", width: int | None) -> Iterator[str]:
     rest = " " * (len(first) or 6)
     for text in filter(None, (finding.found, mend)):
         yield from textwrap.wrap(
-            text, max(width, 20), initial_indent=first or rest, subsequent_indent=rest
+            text,
+            max(width, 20),
+            initial_indent=first or rest,
+            subsequent_indent=rest,
+            break_on_hyphens=False,
         )
         first = ""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.config import UserError
-from engine.doctor import inputs, machine
+from engine.doctor import machine
 from engine.doctor.apart import Finding
 
 FIRST = Finding("first", "ok", "is kept")
@@ -57,5 +57,7 @@ def full_disk(folder: str) -> Iterator[Finding]:
 
 def corpora(told: list[dict]) -> Iterator[Finding]:
     """Several, in one process."""
+    from engine.doctor import inputs  # here, since the others start faster without
+
     for one in told:
         yield from inputs.corpus(**one)

@@ -52,7 +52,7 @@ def test_no_part_of_a_run_folder_is_left(tmp_path):
 
 
 def test_no_lease_is_left_that_names_nobody(tmp_path):
-    with room(10), pytest.raises(OSError, match="File too large") as error:
+    with room(10), pytest.raises(OSError, match="No space left") as error:
         lease.take(tmp_path)
     assert error.value.filename == str(tmp_path / "lease.json") and names(tmp_path) == []
     lease.take(tmp_path).close()
