@@ -13,7 +13,14 @@ import ray.exceptions
 import torch
 
 from engine.clip.towers import half_precision, trained_precision
-from engine.config import RunConfig, StudentConfig, TeacherConfig, UserError, share_of
+from engine.config import (
+    RunConfig,
+    RunFailed,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+    share_of,
+)
 from engine.progress import say
 from kernels.kl import chosen
 
@@ -48,7 +55,8 @@ def session(address: str, cpus: float = 0) -> Iterator[bool]:
 
 def start(address: str, cpus: float = 0) -> bool:
     """Joins the cluster at `address` or RAY_ADDRESS, or starts a local one of at least `cpus` CPUs.
-    True if it is for us to shut down."""
+    True if it is for us to shut down. Raises UserError where no cluster answers at the address, and
+    RunFailed where Ray does not start."""
     for name, value in _QUIET_RAY.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
@@ -57,14 +65,21 @@ def start(address: str, cpus: float = 0) -> bool:
     if not address:
         say("starting Ray on this machine")
         _ask_for_a_token()
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-            include_dashboard=False,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+                include_dashboard=False,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:  # Ray raises bare ones, as where its processes take 30 s
+            why = str(error).strip().rstrip(".") or type(error).__name__
+            raise RunFailed(
+                f"Ray did not start on this machine: {why}. On a busy one it may do so later; "
+                "`promptkd doctor` looks for other causes"
+            ) from error
         _hide_token()
         return True
     say(f"joining the Ray cluster at {address}")

@@ -1,7 +1,11 @@
-import pytest
+import os
 
+import pytest
+from distributed import run_apart
+
+from engine import cluster
 from engine.cluster import threads_of, wanted
-from engine.config import RunConfig, StudentConfig, TeacherConfig
+from engine.config import RunConfig, RunFailed, StudentConfig, TeacherConfig
 
 NODE = {"CPU": 96.0, "GPU": 8.0}
 
@@ -31,3 +35,16 @@ def test_what_a_run_wants_of_a_cluster_with_nodes_for_each_side():
     )
     assert wanted(config, [student], False)["teacher"] == 0
     assert wanted(RunConfig(name="x"), [StudentConfig()], True) == {"CPU": 1, "GPU": 0}
+
+
+def start_without_a_folder() -> None:
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_TMPDIR"] = "/proc/nowhere"
+    with pytest.raises(RunFailed, match=r"Ray did not start on this machine: .*No such file"):
+        cluster.start("")
+
+
+@pytest.mark.slow
+def test_where_ray_does_not_start_it_is_told_in_a_line():
+    """In a process of its own: one that has tried has Ray's handlers of signals."""
+    run_apart(start_without_a_folder)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-from engine.config import UserError
+from engine.config import RunFailed, UserError
 from engine.json_text import parse_json
 
 __all__ = ["Check", "Finding", "State", "serve"]
@@ -107,5 +107,5 @@ def serve(module: str, function: str, name: str, limit_s: str, told: str) -> Non
     try:
         for finding in getattr(import_module(module), function)(**parse_json(told)):
             print(json.dumps(asdict(finding)), file=answers)
-    except UserError as error:  # which says how to mend it
+    except (UserError, RunFailed) as error:  # which says what to do
         print(json.dumps(asdict(Finding(name, "fail", str(error)))), file=answers)

@@ -226,7 +226,8 @@ def _require_saved(saver: Saver) -> None:
     """Waits for the last checkpoint. All workers raise RunFailed where it could not be written."""
     failure = saver.failure()
     where = f"the last checkpoint could not be written to {saver.folder}"
-    told = [f"{where}: {failure}" if failure else ""]
+    on = "once that is mended, --resume goes on from the newest one that is there"
+    told = [f"{where}: {failure}; {on}" if failure else ""]
     dist.broadcast_object_list(told)
     if told[0]:
         raise RunFailed(told[0])
