@@ -16,7 +16,7 @@ import pytest
 import torch
 from domains import PASSES, config_of, losses, write_domain
 from events import scalars
-from pages import require_probed, require_report
+from pages import Page, require_probed, require_report
 from safetensors.torch import load_file, save_file
 
 from engine.clip.bundle import Bundle
@@ -261,6 +261,9 @@ def test_a_student_that_cannot_learn_is_given_up_with_a_word(domain, local_ray, 
     ledger = json.loads((config.folder / "ledger.json").read_text())
     assert ledger["pending"] > 0
     assert not (config.folder / "bundle.safetensors").exists()
+    told = Page.of(config.folder / "report.html").text
+    assert "lost failed" in told and "has collapsed, after 1 roll-backs" in told
+    assert f"pending {ledger['pending']}" in told
 
 
 @pytest.mark.ray
