@@ -163,7 +163,7 @@ def _exit_code(info: Any) -> int:
     if info.error_type == "RUNTIME_ENV_SETUP_FAILURE":
         raise UserError(f"environment: Ray could not build it on the cluster: {message.strip()}")
     if code is None:
-        raise RunFailed(f"the job did not start: {message.strip()}")
+        raise RunFailed(f"the job ended without an exit code: {_first(message)}")
     if code in (126, 127):  # of a shell that finds no such command, or may not run it
         raise UserError(f"python: the cluster has no interpreter {python}; {mend}")
     if code == 1 and (missing := _NO_MODULE.search(message)):
@@ -175,7 +175,7 @@ def _series(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _first(error: BaseException) -> str:
+def _first(told: object) -> str:
     """The first line of a long text, or of a traceback the last."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(told).strip().splitlines() or [type(told).__name__]
     return lines[-1 if "Traceback" in lines[0] else 0].rstrip(".")

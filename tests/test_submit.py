@@ -136,7 +136,7 @@ ENDED = [
     ("FAILED", 127, None, "sh: 1: snake: not found", r"^python: .* no interpreter snake;"),
     ("FAILED", 1, None, "ModuleNotFoundError: No module named 'torch'", r"^python: .* torch;"),
     ("FAILED", None, "RUNTIME_ENV_SETUP_FAILURE", "no space left", r"^environment: .*no space"),
-    ("FAILED", None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "900 s", r"did not start: 900 s"),
+    ("FAILED", None, "JOB_SUPERVISOR_ACTOR_DIED", "900 s\nmore", r"without an exit code: 900 s$"),
 ]
 
 
