@@ -25,6 +25,7 @@ from meters import micros, resident_bytes
 from photos import Photos, draw, packed
 from rows import Bench
 
+from engine.data.batches import training_works
 from engine.data.corpus import Corpus
 from engine.data.index import index_shard
 from engine.data.manifest import MANIFEST, write_manifest
@@ -33,7 +34,6 @@ from engine.data.places import Shard
 from engine.data.storage import Access, Storage
 from engine.index import index
 from engine.progress import say
-from engine.train.loop import training_works
 
 SIZE = (500, 375)
 ROUNDS = 7

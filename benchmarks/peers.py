@@ -19,12 +19,12 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from engine.data import turbojpeg
+from engine.data.batches import training_works
 from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
 from engine.data.loader import Loader, Work
 from engine.data.order import Order
 from engine.data.views import ViewPolicy
-from engine.train.loop import training_works
 
 PIXELS = 224
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

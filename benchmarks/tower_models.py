@@ -211,10 +211,10 @@ def our_loader(
     photos: Photos, decoder: "Decoder", batch: int, device: torch.device
 ) -> tuple[Iterator[Tensor], Callable[[], None]]:
     """Batches on the device, without end, by the product's loader; and how to close it."""
+    from engine.data.batches import training_works
     from engine.data.corpus import Corpus
     from engine.data.loader import Loader
     from engine.data.order import Order
-    from engine.train.loop import training_works
 
     corpus = Corpus.open(str(photos.folder), photos.images // len(photos.shards))
     order = Order(corpus.blocks, 4, batch, 4 * corpus.blocks.block_samples, seed=1)

@@ -120,7 +120,7 @@ def test_a_teacher_answers_in_8_bits_and_drops_what_it_was(kind, tmp_path, said)
     told = TeacherConfig(
         model=clip_folder(tmp_path), precision=kind, batch=64, max_kl=0.1, min_agreement=0.5
     )
-    teacher = Teacher.load(TeacherSpec(told, classes), CPU, told.batch)
+    teacher = Teacher.of(TeacherSpec(told, classes), CPU, told.batch)
     first = teacher.features(images)
     assert 0.99 < F.cosine_similarity(first, full).min() and not torch.equal(first, full)
     assert said == []

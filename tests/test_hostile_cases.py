@@ -30,6 +30,7 @@ from engine.clip.weights import check_weights
 from engine.config import UserError
 from engine.data import corpus as corpus_module
 from engine.data import parquet
+from engine.data.batches import training_works
 from engine.data.corpus import Corpus, Sample
 from engine.data.datasets import read_dataset
 from engine.data.decode import Decoder
@@ -46,7 +47,6 @@ from engine.labels.target_files import Damaged, samples_in
 from engine.telemetry import Recorder
 from engine.tensor_files import open_tensors, write_tensors
 from engine.train.ledger import Ledger
-from engine.train.loop import training_works
 from jobs import cli
 
 PAGE = b"<!DOCTYPE html><html><body>not found</body></html>"

@@ -9,6 +9,7 @@ import pytest
 from damage import mutated, whole_image
 from tars import write_tar
 
+from engine.data.batches import training_works
 from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
 from engine.data.loader import FAILURES, Loader
@@ -16,7 +17,6 @@ from engine.data.order import Order
 from engine.data.views import ViewPolicy
 from engine.index import index
 from engine.train.ledger import Ledger
-from engine.train.loop import training_works
 
 
 def loaded(corpus: Corpus, passes: int = 1) -> Ledger:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from engine.data.batches import training_works
 from engine.data.corpus import Corpus, Sample
 from engine.data.decode import Decoder
 from engine.data.loader import Loader, Work, _Shelf
@@ -19,7 +20,6 @@ from engine.data.order import Blocks, Order, Share
 from engine.data.storage import Access, Storage
 from engine.data.views import ViewPolicy
 from engine.telemetry import Stopwatch
-from engine.train.loop import training_works
 
 POLICY = ViewPolicy(seed=3, pixels=16)
 

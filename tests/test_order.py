@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.data.batches import training_works
 from engine.data.order import Blocks, Order, Share
-from engine.train.loop import kept, training_works
+from engine.train.loop import kept
 
 SHARDS = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=12)
 

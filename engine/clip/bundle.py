@@ -19,6 +19,7 @@ from engine.clip.prompts import PromptedTower
 from engine.clip.towers import DTYPES, Clip, load_clip
 from engine.clip.trained import with_weights
 from engine.config import UserError
+from engine.data.images import Picture, test_views
 from engine.json_text import parse_json
 from engine.tensor_files import open_tensors, write_tensors
 from kernels.reference import logits
@@ -98,7 +99,24 @@ class Bundle:
         chosen = self.class_vectors[[rows[name] for name in names]]
         return replace(self, class_vectors=chosen, class_names=tuple(names))
 
-    def save(self, path: Path) -> None:
+    @classmethod
+    def of(
+        cls, clip: Clip, weights: str, learned: Mapping[str, Tensor], classes: ClassVectors
+    ) -> "Bundle":
+        """What was `learned` on top of a clip, whose checkpoint is `weights`."""
+        return cls(
+            learned=learned,
+            class_vectors=torch.from_numpy(classes.vectors),
+            class_names=classes.names,
+            model=clip.name,
+            weights=weights,
+            backbone=clip.fingerprint,
+            teacher=classes.teacher,
+            logit_scale=clip.logit_scale,
+            pixels=clip.image.pixels,
+        )
+
+    def save(self, path: str | Path) -> None:
         """Writes atomically."""
         about = {
             field.name: getattr(self, field.name)
@@ -107,13 +125,13 @@ class Bundle:
         }
         tensors = {f"learned.{name}": tensor for name, tensor in self.learned.items()}
         tensors["class_vectors"] = self.class_vectors
-        write_tensors(path, tensors, {"bundle": json.dumps(about, ensure_ascii=False)})
+        write_tensors(Path(path), tensors, {"bundle": json.dumps(about, ensure_ascii=False)})
 
     @classmethod
-    def load(cls, path: Path, field: str = "bundle") -> "Bundle":
+    def load(cls, path: str | Path, field: str = "bundle") -> "Bundle":
         """Raises UserError for a missing file, or one that is not a bundle."""
         try:
-            with open_tensors(path, "pt") as file:
+            with open_tensors(Path(path), "pt") as file:
                 held = file.metadata() or {}
                 if "bundle" not in held:
                     what = next(iter(held), "no description")
@@ -139,10 +157,11 @@ class Bundle:
             raise UserError(f"{field}: {path} is not a bundle ({error})") from None
 
     def predictor(
-        self, device: str, precision: str, model: str = "", weights: str = ""
+        self, device: str = "cpu", precision: str = "fp32", model: str = "", weights: str = ""
     ) -> "Predictor":
-        """Puts the student together. `model` and `weights` say where the backbone now lies, if not
-        where the run had it. Raises UserError for a backbone that is not the one trained on."""
+        """Puts the student together; `precision` is fp32, bf16 or fp16. `model` and `weights` say
+        where the backbone now lies, if not where the run had it. Raises UserError for a backbone
+        that is not the one trained on."""
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: cuda is asked for, but there is no GPU")
         clip = self.load_backbone(model, weights)
@@ -170,7 +189,8 @@ class Bundle:
         outputs = self.class_vectors.shape[1]
         student = PromptedTower(tower, prompts, depth, hidden, outputs, seed=0)
         student.load_state_dict(added)
-        return Predictor(student.to(device).eval(), self.w_ND.to(device), self.logit_scale)
+        student.to(device).eval()
+        return Predictor(student, self.w_ND.to(device), self.logit_scale, self.class_names)
 
 
 def _require_unique(names: Sequence[str], new: Iterable[str], field: str) -> None:
@@ -180,13 +200,15 @@ def _require_unique(names: Sequence[str], new: Iterable[str], field: str) -> Non
 
 
 class Predictor(nn.Module):
-    """The student and its class vectors."""
+    """The student and its class vectors: logits are scale * u W^T, u being its unit features."""
 
     w_ND: Tensor
 
-    def __init__(self, student: PromptedTower, w_ND: Tensor, scale: float) -> None:
+    def __init__(
+        self, student: PromptedTower, w_ND: Tensor, scale: float, class_names: tuple[str, ...]
+    ) -> None:
         super().__init__()
-        self.student, self.scale = student, scale
+        self.student, self.scale, self.class_names = student, scale, class_names
         self.register_buffer("w_ND", w_ND)
 
     @property
@@ -195,5 +217,23 @@ class Predictor(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits [B, N] fp32 of uint8 images in the test view."""
+        """Logits [B, N] fp32 of uint8 images [B, 3, pixels, pixels] in the test view, on any
+        device."""
         return logits(self.student(images_BCHW.to(self.w_ND.device)), self.w_ND, self.scale)
+
+    def predict(
+        self, images: Picture | Iterable[Picture], top: int = 5, batch: int = 64
+    ) -> list[dict[str, float]]:
+        """The `top` classes of every image with their probabilities, best first: what `promptkd
+        predict` says.
+
+        An image is a file (JPEG, PNG, WebP), a PIL image, or uint8 RGB pixels [H, W, 3], of any
+        size. Raises UserError, naming it, for one that cannot be read.
+        """
+        answers = []
+        for images_BCHW in test_views(images, self.pixels, batch):
+            best = self(images_BCHW).softmax(-1).topk(min(top, len(self.class_names)))
+            for row, rows in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                names = (self.class_names[one] for one in rows)
+                answers.append(dict(zip(names, row, strict=True)))
+        return answers

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ from engine.data.parquet import Images
 from engine.data.sample_list import SampleList, read_list
 from engine.data.storage import Access, Changed, Stat, Storage
 from engine.progress import say
+
+if TYPE_CHECKING:
+    from engine.data.loader import Batch
 
 __all__ = ["Corpus", "Sample", "open_corpora"]
 
@@ -69,7 +72,7 @@ class Corpus:
     def open(
         cls,
         where: str,
-        block_samples: int,
+        block_samples: int = CorpusConfig.block_samples,
         field: str = "corpus.shards",
         access: Access | None = None,
     ) -> "Corpus":
@@ -104,6 +107,27 @@ class Corpus:
         """Shards that may have lost their tails, each with the samples it has and should have."""
         rows = zip(self.shards, self._manifest["short"].to_pylist(), strict=True)
         return tuple(f"{shard} is short {short}" for shard, short in rows if short)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """All samples, shard by shard, read a block at a time."""
+        for block in range(len(self.blocks)):
+            yield from self.read(block)
+
+    def batches(
+        self,
+        pixels: int,
+        batch: int,
+        *,
+        passes: int | None = None,
+        seed: int = 1,
+        crop_scale: float = 0.08,
+        threads: int = 2,
+        device: str = "cpu",
+    ) -> Iterator["Batch"]:
+        """Decoded batches, read and decoded ahead, on a thread; see engine.data.batches."""
+        from engine.data.batches import batches  # which reads corpora
+
+        return batches(self, pixels, batch, passes, seed, crop_scale, threads, device)
 
     def read(self, block: int) -> list[Sample]:
         """The samples of a block, in the order of their positions, with one ranged read.

@@ -6,26 +6,31 @@ few batches of them.
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from engine.config import UserError
 from engine.data.corpus import Corpus, Sample
+from engine.data.crop import clip_view
 from engine.data.decode import Decoder
 from engine.data.header import BadImage, check_format, read_header
 from engine.data.manifest import MANIFEST
-from engine.data.views import TEST_VIEW
+from engine.data.views import TEST_VIEW, ViewPolicy, test_windows
 
-__all__ = ["Decoded", "decoded", "find", "samples"]
+__all__ = ["Decoded", "Picture", "decoded", "find", "samples", "test_views"]
 
 _HEAD = 65536  # bytes, by which a file that is no image is known
 _BLOCK = 64  # samples of a shard that are read at once
 Source = Path | Corpus
+Picture = str | Path | Image.Image | np.ndarray  # a file, or pixels
 
 
 class Decoded(NamedTuple):
@@ -77,9 +82,8 @@ def samples(sources: Sequence[Source]) -> Iterator[tuple[str, Sample]]:
 
 
 def _of_corpus(corpus: Corpus) -> Iterator[tuple[str, Sample]]:
-    for block in range(len(corpus.blocks)):
-        for sample in corpus.read(block):
-            yield f"{corpus.shards[sample.shard]}/{sample.key}", sample
+    for sample in corpus:
+        yield f"{corpus.shards[sample.shard]}/{sample.key}", sample
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, Sample]]:
@@ -119,3 +123,43 @@ def decoded(named: Iterator[tuple[str, Sample]], decoder: Decoder, batch: int) -
         while (current := coming.result()) is not None:
             coming = thread.submit(following)
             yield current
+
+
+def test_views(pictures: Picture | Iterable[Picture], pixels: int, batch: int) -> Iterator[Tensor]:
+    """CLIP's test view of pictures, uint8 [B, 3, pixels, pixels], in batches.
+
+    Raises UserError for a file that is not a usable image, and for an array that is not uint8
+    [H, W, 3].
+    """
+    if isinstance(pictures, str | Path | Image.Image | np.ndarray):
+        pictures = [pictures]
+    coming = iter(pictures)
+    decoder = Decoder(ViewPolicy(0, pixels), "cpu", threads=2)
+    try:
+        while part := list(islice(coming, batch)):
+            yield torch.cat([_test_view(picture, decoder) for picture in part])
+    finally:
+        decoder.close()
+
+
+def _test_view(picture: Picture, decoder: Decoder) -> Tensor:
+    """uint8 [1, 3, S, S]."""
+    if isinstance(picture, str | Path):
+        images_1CHW, (reason,) = decoder.decode([_read(Path(picture))], TEST_VIEW)
+        if reason:
+            raise UserError(f"images: {picture} cannot be used ({reason})")
+        return images_1CHW
+    if isinstance(picture, Image.Image):
+        pixels_HWC = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    else:
+        pixels_HWC = np.array(picture)  # a copy, which torch may have
+    if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] != 3:
+        raise UserError(
+            f"images: an array of {pixels_HWC.dtype} {list(pixels_HWC.shape)}, and was to be of "
+            "uint8 [H, W, 3]"
+        )
+    height, width, _ = pixels_HWC.shape
+    side = decoder.policy.pixels
+    windows = test_windows(np.array([[width, height]]), side)
+    view_SSC = clip_view(pixels_HWC, windows.xywh_B4[0], side)
+    return torch.from_numpy(np.ascontiguousarray(view_SSC)).permute(2, 0, 1)[None]

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,12 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.clip.class_vectors import ClassVectors
+from engine.clip.class_vectors import ClassVectors, encode_classes, own_templates
 from engine.clip.compiled import Run, compiled
+from engine.clip.names import read_names
 from engine.clip.quantized import full_precision, quantized, require_device
-from engine.clip.towers import DTYPES, Clip, load_clip
+from engine.clip.templates import read_templates
+from engine.clip.towers import DTYPES, Clip, half_precision, load_clip
 from engine.clip.weights import vision_shape
-from engine.config import Compile, RunConfig, TeacherConfig, TeacherPrecision, UserError
+from engine.config import (
+    ClassesConfig,
+    Compile,
+    RunConfig,
+    TeacherConfig,
+    TeacherPrecision,
+    UserError,
+)
 from engine.data.corpus import Corpus, Sample
 from engine.data.decode import jpeg_decoder
 from engine.data.isolate import AnyDecoder
@@ -114,7 +124,11 @@ def labellings(labels: Labels, corpora: Mapping[str, Corpus], device: str) -> di
 
 class Teacher:
     """A CLIP image tower in half precision or 8 bits, with the prompts it has learned, against
-    class vectors.
+    class vectors. `Teacher.load` makes one.
+
+    `classes` holds the class names and their vectors (and saves them); `w_ND`, fp32 unit rows, are
+    the vectors on the device; `scale` is exp of CLIP's logit scale; `pixels` is the side of the
+    images it takes. Logits are scale * u W^T, u being unit image features.
 
     One in 8 bits is compared, on its first images, with what it was, if it is given a `fidelity`;
     the tower as it was leaves the device then.
@@ -136,7 +150,7 @@ class Teacher:
                 "classes.vectors: they were made by another teacher than teacher.model "
                 f"({classes.teacher[:16]}, this one is {clip.fingerprint[:16]})"
             )
-        self.scale, self.pixels = clip.logit_scale, clip.image.pixels
+        self.classes, self.scale, self.pixels = classes, clip.logit_scale, clip.image.pixels
         self.w_ND = torch.from_numpy(classes.vectors).to(device)
         self._tower = clip.image.to(device, DTYPES[full_precision(precision, device)])
         self._fidelity = fidelity
@@ -149,18 +163,61 @@ class Teacher:
         self._run = compiled(self._tower, batch, self._prompts, compile, "teacher.compile")
 
     @classmethod
-    def load(cls, told: TeacherSpec, device: torch.device, images: int) -> "Teacher":
-        """For so many `images` at a time, which are forwarded in equal parts."""
+    def load(
+        cls,
+        model: str,
+        weights: str | Path,
+        classes: ClassVectors | Sequence[str] | str | Path,
+        *,
+        prompts: str | Path = "",
+        template: str = ClassesConfig.template,
+        precision: TeacherPrecision = "auto",
+        device: str = "cpu",
+        batch: int = 256,
+    ) -> "Teacher":
+        """The teacher that `promptkd distill` has, by the same words as `[teacher]` of its file.
+
+        `model`: open_clip architecture, with `weights` its tag or checkpoint, or local-dir:FOLDER,
+        without. `classes`: names, a text file of them, or stored vectors. `prompts`: what stage I
+        has learned, or a checkpoint of the reference's. `template`: sentence around a class name,
+        or an ensemble (imagenet-80), where there are no prompts. `batch`: most images of a
+        forward. Raises UserError for what does not fit together.
+        """
+        place = torch.device(device)
+        if isinstance(classes, str | Path):
+            classes = read_names(str(classes), "classes")
+        clip = load_clip(model, str(weights), "", str(prompts))
+        if not isinstance(classes, ClassVectors):
+            sentences = own_templates(clip, read_templates(template, "template"))
+            classes = encode_classes(clip, tuple(classes), sentences, field="classes")
+        told = TeacherConfig(
+            model=model,
+            weights=str(weights),
+            prompts=str(prompts),
+            precision=half_precision(precision, place),
+            compile="off",
+            batch=batch,
+        )
+        return cls._made(clip, TeacherSpec(told, classes), place, batch)
+
+    @classmethod
+    def of(cls, told: TeacherSpec, device: torch.device, images: int) -> "Teacher":
+        """A run's, for so many `images` at a time, which are forwarded in equal parts."""
         config = told.config
-        batch = math.ceil(images / math.ceil(images / config.batch))
         clip = load_clip(config.model, config.weights, "teacher.", config.prompts)
+        return cls._made(clip, told, device, math.ceil(images / math.ceil(images / config.batch)))
+
+    @classmethod
+    def _made(cls, clip: Clip, told: TeacherSpec, device: torch.device, batch: int) -> "Teacher":
+        config = told.config
         full = full_precision(config.precision, device)
         fidelity = Fidelity(config, full) if full != config.precision else None
         return cls(clip, told.classes, config.precision, device, batch, fidelity, config.compile)
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """Unit features [B, D] fp32 of uint8 images on any device.
+        """Unit features [B, D] fp32, on the teacher's device, of uint8 images [B, 3, S, S] on any,
+        S being `pixels`.
 
         Raises UserError where the tower is in 8 bits and too far from what it was.
         """
@@ -169,7 +226,7 @@ class Teacher:
 
     @torch.inference_mode()
     def logits(self, images_BCHW: Tensor) -> Tensor:
-        """Logits [B, N] fp32."""
+        """Logits [B, N] fp32 of such images: scale * u W^T."""
         return logits(self.features(images_BCHW), self.w_ND, self.scale)
 
     def statement(self) -> dict[str, float]:
@@ -205,7 +262,7 @@ class Team:
     @classmethod
     def load(cls, labels: Labels, device: torch.device, images: int) -> "Team":
         """For so many `images` at a time."""
-        teachers = [Teacher.load(told, device, images) for told in labels.teachers]
+        teachers = [Teacher.of(told, device, images) for told in labels.teachers]
         weights = [told.config.weight for told in labels.teachers]
         return cls(teachers, labels.form, weights, labels.fusion)
 

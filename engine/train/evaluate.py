@@ -5,7 +5,7 @@ Protocols of CoOp, CoCoOp and PromptKD. Base-to-novel: classes in label order, t
 Cross-dataset, domain generalisation and few-shot: among all classes. Letters: B images, N classes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.towers import Clip
 from engine.config import CorpusConfig
+from engine.data.batches import test_shares
 from engine.data.corpus import Corpus
 from engine.data.isolate import decoder_of
-from engine.data.loader import AHEAD, Loader, Work
-from engine.data.order import Share
+from engine.data.loader import Loader, Work
 from engine.data.views import TEST_VIEW, ViewPolicy
 from engine.labels.targets import BlockView, Targets, TargetSource
 from engine.train.ledger import Ledger
@@ -78,7 +78,7 @@ def evaluate(
     ledger = Ledger()
     works = (
         Work("evaluation", number, TEST_VIEW, share, soon)
-        for number, (share, soon) in enumerate(_shares(corpus, blocks, batch))
+        for number, (share, soon) in enumerate(test_shares(corpus, blocks, batch))
     )
     # Its own: another one may be at work.
     decoder = decoder_of(policy, str(device), threads, data)
@@ -116,17 +116,6 @@ def zero_shot(clip: Clip, classes: ClassVectors, device: torch.device) -> Model:
         return logits(u_BD, w_ND, clip.logit_scale)
 
     return answer
-
-
-def _shares(
-    corpus: Corpus, blocks: Sequence[int], batch: int
-) -> Iterator[tuple[Share, tuple[tuple[int, int], ...]]]:
-    """Batches of each block in turn, with the (view, block) that come next."""
-    for place, block in enumerate(blocks):
-        soon = tuple((TEST_VIEW, other) for other in blocks[place : place + AHEAD])
-        for low in range(0, corpus.blocks.at(block).length, batch):
-            offsets = np.arange(low, min(low + batch, corpus.blocks.at(block).length))
-            yield Share(np.full_like(offsets, block), offsets, np.ones(len(offsets), bool)), soon
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Plain torch.distributed: it runs the same under Ray Train, torchrun or a test's 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from engine.config import CorpusConfig, RunFailed, TrainConfig
+from engine.data.batches import training_works
 from engine.data.corpus import Corpus
 from engine.data.isolate import AnyDecoder
-from engine.data.loader import Loader, Work
+from engine.data.loader import Loader
 from engine.data.order import Order
 from engine.labels.targets import BlockView, TargetSource
 from engine.telemetry import GpuSampler, Recorder
@@ -34,7 +35,7 @@ from engine.train.stops import Stop, Stopped, Stops
 if TYPE_CHECKING:
     from engine.train.student import StudentTrainer  # DeepSpeed is slow to import
 
-__all__ = ["Setting", "Trained", "kept", "merged", "train", "training_works"]
+__all__ = ["Setting", "Trained", "kept", "merged", "train"]
 
 _SHORTEST_PERIOD = 20  # steps between checkpoints, unless told otherwise
 
@@ -50,18 +51,6 @@ class Trained:
     waited_labels_s: float  # of that, mean over workers
     waited_data_s: float
     stages: dict[str, Any]  # of rank 0's loader
-
-
-def training_works(
-    order: Order, passes: int, views: int, rank: int, world: int, start: int
-) -> Iterator[Work]:
-    """The batches of this rank, from step `start` of the run on."""
-    for step in range(start, passes * order.steps):
-        pass_, within = divmod(step, order.steps)
-        coming = order.coming(pass_, within, rank, world, afresh=step == start)
-        soon = tuple((p % views, block) for p, block in coming if p < passes)
-        share = order.share(pass_, within, rank, world)
-        yield Work("shards", step, pass_ % views, share, soon)
 
 
 class Setting(NamedTuple):

@@ -335,17 +335,7 @@ class Worker:
         return scores, merged(ledger)
 
     def _bundle(self, weights: dict[str, Tensor]) -> Bundle:
-        return Bundle(
-            learned=weights,
-            class_vectors=torch.from_numpy(self.classes.vectors),
-            class_names=self.classes.names,
-            model=self.config.student.model,
-            weights=self.config.student.weights,
-            backbone=self.clip.fingerprint,
-            teacher=self.classes.teacher,
-            logit_scale=self.clip.logit_scale,
-            pixels=self.clip.image.pixels,
-        )
+        return Bundle.of(self.clip, self.config.student.weights, weights, self.classes)
 
 
 def _kernels(asked: Impl, w_ND: Tensor) -> Impl:
