@@ -16,7 +16,10 @@ __all__ = ["CONFIG", "Upload", "pack", "pinned", "refuse_credentials"]
 
 CONFIG = "run.json"
 _HOUSE, _OURS = Path(__file__).parent.parent, canonicalize_name("promptkd-engine")
-_TRAVELS = ("engine/**/*.py", "kernels/**/*.py", "jobs/**/*.py", "jobs/configs/presets/**/*.toml")
+_TRAVELS = (
+    *("engine/**/*.py", "kernels/**/*.py", "jobs/**/*.py"),
+    *("engine/report/*.html", "engine/report/*.css", "jobs/configs/presets/**/*.toml"),
+)
 _PASSWORD = re.compile(r"://[^/?#\s]*@")
 _PARAMETER = re.compile(r"[?&;]([^=&;#\s]+)=")
 _SECRET = re.compile(

@@ -116,7 +116,7 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     ("why", "state", "text"),
     [
         (RunFailed("the <disk> is full"), "failed", "Failed at step 3 of 20"),
-        (Drained("by SIGTERM"), "drained", "Drained at step 3 of 20"),
+        (Drained("by SIGTERM", 143), "drained", "Drained at step 3 of 20"),
         (KeyboardInterrupt(), "interrupted", "Interrupted at step 3 of 20"),
     ],
 )

@@ -132,10 +132,11 @@ def test_the_package_that_is_sent_holds_code_and_config_alone(tmp_path):
         config = json.loads(package.read("run.json"))
     allowed = re.compile(
         r"run\.json|(engine|kernels|jobs)/([\w]+/)*\w+\.py|jobs/configs/presets/\w+/[\w-]+\.toml"
+        r"|engine/report/\w+\.(html|css)"
     )
     assert [name for name in names if not allowed.fullmatch(name)] == []
     assert {"run.json", "engine/run.py", "kernels/kl.py", "jobs/distill.py"} <= set(names)
-    assert "jobs/configs/presets/distill/paper.toml" in names
+    assert {"jobs/configs/presets/distill/paper.toml", "engine/report/page.html"} <= set(names)
     assert config["name"] == "my flowers" and config["corpus"]["shards"] == "/data/0.tar"
     assert SECRET.encode() not in texts and TOKEN.encode() not in texts
     files, size = re.search(r"sending ([\d.]+) MB in (\d+) files", told).group(2, 1)
