@@ -19,14 +19,21 @@ from jobs import cli
 from jobs.quickstart import HERE
 
 COMMON = "docs/own-data.md"  # whose files other pages go on with
-WALK = tuple(f"docs/{name}.md" for name in ("own-data", "labels", "training", "runs", "python"))
+WALK = tuple(
+    f"docs/{name}.md"
+    for name in ("own-data", "labels", "training", "runs", "report", "curate", "python")
+)
 # Pages whose commands are parsed alone, or run elsewhere; and why.
 UNWALKED = {
     "README.md": "they are those of the pages",
     "docs/quickstart.md": "test_the_quickstart, below",
     "docs/benchmarks.md": "they measure for minutes",
+    "docs/cluster.md": "they need a cluster: test_submitted.py has a local one",
     "docs/coming-from-the-reference.md": "they need the paper's data sets and weights: "
     "test_datasets.py, test_learned.py and test_protocols.py have small ones",
+    "docs/doctor.md": "test_doctor.py",
+    "docs/tracking.md": "test_tracking.py",
+    "docs/watching.md": "they are those of own-data.md and runs.md",
 }
 # What stands for what in the walk-through, in commands, TOML and Python.
 STAND_INS = {
