@@ -1,7 +1,7 @@
 """What becomes of a student: its training, a summary or why there is none, the files that tell."""
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from engine import lease, run_folder
@@ -90,7 +90,8 @@ def write_ledger(task: Task) -> None:
         return
     try:
         saved = checkpoint.load_latest(config.folder / "checkpoints")
-        planned = config.train.passes * open_corpora(config.corpus)["shards"].pass_samples
+        once = replace(config.corpus, retries=0, timeout_s=5.0)  # somebody may wait for the end
+        planned = config.train.passes * open_corpora(once)["shards"].pass_samples
         statement = (saved.ledger if saved else Ledger()).statement(planned)
         run_folder.write(config.folder / "ledger.json", statement)
     except (UserError, OSError) as error:  # told beside the failure that brought us here

@@ -119,6 +119,8 @@ def _file_flags(file: str, schema: type, prog: str) -> Iterator[str]:
         if value is None:
             continue  # as it is by default
         if get_origin(known) is tuple:
+            if options := [one for one in value if str(one).startswith("-")]:
+                raise UserError(f"{file}: --{name} cannot hold {options[0]!r}")
             yield from (f"--{name}", *value)
         elif known is bool:
             flag = last if value else f"no_{last}"

@@ -1,5 +1,6 @@
 """How far a run is: a live view on a terminal, plain lines elsewhere."""
 
+import contextlib
 import json
 import os
 import queue
@@ -28,15 +29,25 @@ _LONGEST = 1 << 20  # bytes of a record
 _MOST_WAITING = 10_000  # records, for a sink
 _END_S = 10.0  # for a sink to take the last ones
 
-_console = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """A screen that may go away, as that of `| tee` does at Ctrl-C, without ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+_console = _Console(stderr=True, highlight=False)
 _listeners: list[Callable[[str], None]] = []  # the last counts
 
 
 def say(message: str) -> None:
-    """A line for the user; standard output is left to results."""
+    """A line for the user; standard output is left to results. Raises nothing where nobody can
+    read it any more: no run ends of that."""
     if _listeners:
         _listeners[-1](message)
-    else:
+        return
+    with contextlib.suppress(OSError):  # a full disk behind standard error
         _console.print(message, markup=False, soft_wrap=True)
 
 
@@ -204,7 +215,17 @@ class _Tail:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [json.loads(one) for one in whole.splitlines()]
+        return [told for one in whole.splitlines() if (told := _record(one))]
+
+
+def _record(text: bytes) -> Record | None:
+    """None of what is none: two records in one line, where a disk was full for a while, or where
+    hosts append over a network."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) and {"time", "kind"} <= told.keys() else None
 
 
 class _Sunk:
@@ -214,15 +235,18 @@ class _Sunk:
         self._sink = sink
         self._name = getattr(sink, "__name__", type(sink).__name__)
         self._waiting: queue.Queue[tuple[str, Record] | None] = queue.Queue()
-        self._off = False
+        self._off = self._late = False
         self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
         self._thread.start()
 
     def take(self, name: str, record: Record) -> None:
-        if not self._off:
+        if self._off:
+            return
+        if self._waiting.qsize() < _MOST_WAITING:
             self._waiting.put((name, record))
-            if self._waiting.qsize() > _MOST_WAITING:
-                self._drop(f"{_MOST_WAITING} of them wait")
+        elif not self._late:
+            self._late = True
+            say(f"warning: {self._name} is slow, and misses records: {_MOST_WAITING} wait")
 
     def close(self, deadline: float) -> None:
         """Waits until it has taken what it was handed, up to a `deadline` of time.monotonic()."""

@@ -30,11 +30,12 @@ class RayJobs:
     """The jobs of the cluster at `address`, a url as engine.jobs_server checks it.
 
     Raises UserError where it does not answer, does not let us in, or runs another Ray: of another
-    minor version, or where `exactly` of another at all.
+    minor version, or where `exactly` of another at all. `open_`: it lets everybody in, which the
+    user accepts.
     """
 
-    def __init__(self, address: str, exactly: bool = False) -> None:
-        self._address = address
+    def __init__(self, address: str, exactly: bool = False, open_: bool = False) -> None:
+        self._address, self._open = address, open_
         # Ray would take this variable, or RAY_ADDRESS, before the address it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
         with self._translated():
@@ -101,7 +102,7 @@ class RayJobs:
 
     def told(self, job: str) -> str:
         """How to follow and to stop a job, as a user types it."""
-        here = f"--address {self._address}"
+        here = f"--address {self._address}" + " --allow-unauthenticated" * self._open
         return (
             f"To follow it: promptkd submit --follow {job} {here}\n"
             f"To stop it: promptkd submit --stop {job} {here}"
@@ -158,7 +159,7 @@ def _exit_code(info: Any) -> int:
     if info.status == JobStatus.STOPPED:
         return 143
     code, message = info.driver_exit_code, info.message or ""
-    python = shlex.split(info.entrypoint)[0]
+    python = (info.entrypoint.split() or ["?"])[0]
     mend = "--python names one that has what this project needs; --environment locked builds one"
     if info.error_type == "RUNTIME_ENV_SETUP_FAILURE":
         raise UserError(f"environment: Ray could not build it on the cluster: {message.strip()}")

@@ -19,7 +19,7 @@ from engine.clip.names import read_names
 from engine.clip.templates import read_templates
 from engine.clip.towers import Clip, load_clip
 from engine.closing import close_run
-from engine.config import RunConfig, UserError, absolute
+from engine.config import RunConfig, RunFailed, UserError, absolute
 from engine.labels.scaling import Pool
 from engine.outcome import Outcome, Summary, outcome_of, write_ledger
 from engine.preflight import check
@@ -229,11 +229,15 @@ def _train(
             outcomes[name] = outcome_of(tasks[name], pool, signals, started[name])
         except Exception as error:  # the other students are to end in peace
             outcomes[name] = error
+        except BaseException as error:
+            outcomes[name] = RunFailed(f"{type(error).__name__}: {error}")
+            raise
 
     # Daemons, since one that waits for Ray would keep an interrupted process alive.
     threads = [threading.Thread(target=train, args=(name,), daemon=True) for name in tasks]
     files = {name: task.config.folder / "metrics.jsonl" for name, task in tasks.items()}
-    tracking = Tracking({name: task.config for name, task in tasks.items()})
+    asked = {name: task.config for name, task in tasks.items()}
+    tracking = Tracking(asked, hurries=lambda: signals.heard is not None)
     with tracking, Watch(files, [tracking]) as watch, signals.workers(leases, watch.at_work):
         for thread in threads:
             thread.start()

@@ -91,12 +91,15 @@ class Signals:
             self._leave(self.drained(", with no student at work"))
         if number == signal.SIGTERM:
             signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
-        say(f"{_NAMES[number]}: {_DRAINING.format(_NAMES[number])}")
-        for lease in self._leases:
+        failures = []
+        for lease in self._leases:  # before a word of it, for which a stopped terminal would wait
             try:
                 lease.drain()
             except OSError as error:
-                say(f"warning: {error}: its workers are not asked to leave")
+                failures.append(error)
+        say(f"{_NAMES[number]}: {_DRAINING.format(_NAMES[number])}")
+        for failure in failures:
+            say(f"warning: {failure}: its workers are not asked to leave")
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
         self._leave(self.drained(f"; student workers did not leave within {_GRACE_S:.0f} s"))

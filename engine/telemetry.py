@@ -17,6 +17,7 @@ import pynvml
 __all__ = ["GpuSampler", "Recorder", "Stopwatch", "gpu"]
 
 _LONGEST = 1 << 20  # bytes of a record
+_NVML_S = 2.0  # for its last answer: of a driver that hangs there is none
 log = logging.getLogger(__name__)
 
 
@@ -142,8 +143,9 @@ class GpuSampler:
     def close(self) -> None:
         self._stop.set()
         if self._thread:
-            self._thread.join()
-            pynvml.nvmlShutdown()
+            self._thread.join(_NVML_S)
+            if not self._thread.is_alive():
+                pynvml.nvmlShutdown()
 
     def _run(self, period_s: float) -> None:
         while True:

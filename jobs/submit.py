@@ -1,6 +1,7 @@
 """Runs a distillation as a Ray job: ships the code, follows the log, gives the job's exit code."""
 
 import re
+import secrets
 import sys
 import tempfile
 import time
@@ -39,7 +40,8 @@ class JobConfig(ServerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig(ServerConfig):
-    """Runs a distillation as a Ray job. Takes what `promptkd distill` takes, and where to run it.
+    """Runs a distillation as a Ray job. Takes what `promptkd distill` takes, but --students and
+    --dry-run, and where to run it.
 
     The code and the config travel. Data and weights do not: their paths are made absolute here, and
     must mean the same on the cluster, where the run checks them before it starts.
@@ -89,7 +91,8 @@ def main(args: Sequence[str]) -> int:
         words = [asked.python, "-m", "jobs.distill", CONFIG]
         words += ["--seeds", asked.seeds] if asked.seeds else []
         words += ["--resume"] if asked.resume else []
-        jobs, job = RayJobs(address, exactly=locked), _named(config.name)
+        jobs = RayJobs(address, exactly=locked, open_=asked.allow_unauthenticated)
+        job = _named(config.name)
         size = f"{upload.bytes / 1e6:.1f} MB in {upload.files} files"
         say(f"sending {size}: code of engine, kernels and jobs, and {CONFIG}")
         jobs.submit(job, Path(folder), words, pins)
@@ -122,7 +125,8 @@ def _manage(asked: JobConfig) -> int:
 def _named(run: str) -> str:
     """A name for a job, of which a cluster never has two."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", run)
-    return f"promptkd-{plain}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    return f"promptkd-{plain}-{now}-{secrets.token_hex(2)}"
 
 
 def _extras(config: RunConfig) -> list[str]:

@@ -95,7 +95,7 @@ def test_so_do_frozen_weights_and_noise_for_labels():
 
 def test_so_does_the_list_of_samples_by_what_it_lists():
     assert identity().differences(identity(samples="d" * 64)) == [
-        "corpus.samples: all here, dddddddddddddddd there"
+        "corpus.samples: None here, dddddddddddddddd there"
     ]
     assert identity({"corpus.samples": "moved/elsewhere.parquet"}) == identity()
 

@@ -127,7 +127,7 @@ STUBS = {
         if [[ $1 == show ]]; then echo node-7; else echo "scontrol $*" >> "$LOG"; fi""",
     "srun": """
         while [[ $1 == --* ]]; do shift; done
-        exec "$@" """,
+        if [[ $1 == hostname ]]; then echo "10.0.0.7 fe80::1"; else exec "$@"; fi""",
     "ray": """
         echo "ray $*" >> "$LOG"
         while [[ $1 != -- ]]; do shift; done
@@ -217,13 +217,13 @@ def test_the_commands_of_the_script_are_taken_by_ray_and_by_us(slurm):
     words = shlex.split(ray)[2:]
     assert symmetric_run.make_context("_", list(words)).params["min_nodes"] == 4
     options = curate_and_validate_ray_start_args(words)
-    told = start.make_context("start", ["--address", "node-7:6379", *options]).params
+    told = start.make_context("start", ["--address", "10.0.0.7:6379", *options]).params
     assert told["num_gpus"] == 8 and told["num_cpus"] == 64 and told["temp_dir"]
     assert told["include_dashboard"] is None, "of a head alone, and given to every node"
     assert command.startswith("bash -c ")
     words = slurm.told("python ").removeprefix("python -m jobs.distill run.toml ")
     config = resolved(f"{JOBS / 'configs' / 'a100-4x8.toml'} {words}")
-    assert config["name"] == "mine" and config["ray"]["address"] == "node-7:6379"
+    assert config["name"] == "mine" and config["ray"]["address"] == "10.0.0.7:6379"
 
 
 def test_the_script_asks_slurm_for_what_it_relies_on():

@@ -144,8 +144,12 @@ class Pool:
                     self._look()
             except RayError as error:  # the roster is on its way back
                 self._say_once(f"the roster of teachers does not answer: {_last_line(error)}")
+            except Exception as error:  # teachers are to be looked after as long as there is a run
+                self._say_once(f"warning: teachers: {type(error).__name__}: {error}")
 
     def _look(self) -> None:
+        while len(self._places) < self._least and self._stillborn < _STILLBORN:
+            self._start()  # where there was no node for it before
         self._ask_teachers(_PERIOD_S)
         self._publish()  # some are ready by now, and the roster may have been restarted
         told = ray.get(self.roster.reports.remote(), timeout=_PATIENCE_S)

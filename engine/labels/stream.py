@@ -217,7 +217,7 @@ class StreamSource:
         self._trouble = told.trouble
         # An empty roster has just been restarted, and will be told anew.
         if told.teachers:
-            self._teachers, self._seen = ray.get(told.teachers[0]), told.version
+            self._teachers, self._seen = ray.get(told.teachers[0], timeout=_REPORT_S), told.version
             self._choice.keep(self._teachers)
 
     # ------------------------------------------------------------ answers

@@ -1,7 +1,7 @@
 """The trackers of the runs that a driver has, fed with what the runs record."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from types import TracebackType
@@ -45,8 +45,11 @@ class Tracking:
     """A sink of a Watch: passes the records of runs, by name, to the trackers that each asks for,
     and to Ray's metrics. Each tracker works in a thread of its own."""
 
-    def __init__(self, configs: Mapping[str, RunConfig]) -> None:
-        self._configs = configs
+    def __init__(
+        self, configs: Mapping[str, RunConfig], hurries: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`hurries` tells whether somebody waits for the runs to be left."""
+        self._configs, self._hurries = configs, hurries
         self._readers = {name: Reader() for name in configs}
         self._asides = {name: [*_asides(config)] for name, config in configs.items()}
         if where := address():
@@ -68,8 +71,9 @@ class Tracking:
         trace: TracebackType | None,
     ) -> None:
         """Tells the numbers of summary.json, where a run has come to its end, and ends all trackers
-        within 20 seconds, or 2 after Ctrl-C."""
-        deadline = time.monotonic() + (_HURRY_S if kind is KeyboardInterrupt else _END_S)
+        within 20 seconds, or 2 where there is hurry."""
+        hurry = kind is not None or self._hurries()
+        deadline = time.monotonic() + (_HURRY_S if hurry else _END_S)
         for name, asides in self._asides.items():
             summary = run_folder.ended(self._configs[name])
             for point in self._readers[name].end(summary or {}, time.time()):

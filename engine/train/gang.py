@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 
+from engine import durable, lease
 from engine.config import RunFailed, UserError, share_of
 from engine.progress import hand_over, say
 from engine.telemetry import Recorder
-from engine.train.stops import hear_sigterm
+from engine.train.stops import Stop, hear_sigterm
 from engine.train.worker import Task, work
 
 __all__ = ["allow_silence", "run_gang"]
@@ -76,9 +78,9 @@ def run_gang(task: Task) -> dict[str, Any]:
     for times in itertools.count(1):
         try:
             told = _trainer(task).fit().return_value
-            if why := told.get("refused"):
-                refusal.unlink()
-                raise UserError(why)
+            if "refused" in told:
+                refusal.unlink(missing_ok=True)
+                raise UserError(told["refused"])
             return told
         except ray.train.ControllerError as failure:
             if 0 <= config.train.max_failures < times:
@@ -148,11 +150,15 @@ def _work(told: dict[str, Task]) -> dict[str, Any]:
     hand_over(lambda text: recorder.record("notice", text=text))
     # Here is a thread beside the actor's main one, and only that one may set a signal's handler.
     ray.get(ray.get_runtime_context().current_actor.execute.remote(hear_sigterm))
+    with suppress(OSError):  # training looks again
+        if task.owner and lease.state(task.config.folder, task.owner) == "lost":
+            return {"stopped": int(Stop.LOST), "step": 0}  # restarted after its driver has gone
     refusal = task.config.folder / _REFUSAL
     if refusal.exists():
         return {"refused": refusal.read_text()}
     try:
         return work(task, get_device())
     except UserError as error:
-        refusal.write_text(str(error))
+        with suppress(OSError):  # where another worker writes the same, or the disk is full
+            durable.replace(refusal, str(error).encode())
         raise

@@ -46,8 +46,7 @@ class Identity:
             "student.weights": backbone,
             "student.precision": config.student.precision,
             "targets.source": "synthetic" if source == "synthetic" else "teachers",
-            "corpus.samples": samples or "all",
-        }
+        } | ({"corpus.samples": samples} if samples else {})
         told |= {f"labelling.{name}": value for name, value in labels.items()}
         return cls(cls.asked(config).settings | json.loads(json.dumps(told)))
 
