@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from engine import progress
 from engine.progress import Watch, say, track
 from engine.telemetry import Recorder
@@ -17,7 +19,7 @@ WORKER = {"rank": 0, "host": "node", "span_s": 5.0, "labels_s": 1.0, "data_s": 0
 WORKER |= {"images": 100, "skipped": {}}
 
 
-OTHER = json.dumps({"kind": "other"}) + "\n"
+OTHER = json.dumps({"time": 0, "kind": "other"}) + "\n"
 
 
 def line(step: int, **values) -> str:
@@ -134,6 +136,28 @@ def test_a_slow_sink_keeps_nobody_waiting(tmp_path, capsys, monkeypatch):
         await_text(capsys, "step 10/40")
     go_on.set()
     assert "slow gets no more records: it is too slow" in capsys.readouterr().err
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path, capsys):
+    """As where a disk was full in the middle of one, and another was put behind it."""
+    metrics, taken = tmp_path / "metrics.jsonl", []
+
+    def sink(name, record):
+        taken.append(record["kind"])
+
+    with Watch({"run": metrics}, [sink], quiet_s=0.02):
+        metrics.write_text(line(10)[:25] + line(20) + "7\n{}\n" + line(30))
+        await_text(capsys, "step 30/40")
+    assert taken == ["train"]
+
+
+@pytest.mark.parametrize("screen", ["2>/dev/full", "2> >(true)"])
+def test_a_screen_that_is_gone_ends_nothing(screen):
+    """A full disk, and a pipe that nobody reads any more."""
+    program = "import time; from engine.progress import say; time.sleep(0.5); say('a'); say('b')"
+    told = f'"{sys.executable}" -c "{program}; print(1)" {screen}'
+    done = subprocess.run(["bash", "-c", told], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n")
 
 
 def test_a_lack_of_nvml_is_told_once(tmp_path, capsys):

@@ -128,6 +128,7 @@ def test_workers_that_have_lost_the_run_write_nothing_more(changes, tmp_path):
     mine.close()
 
 
+@pytest.mark.slow
 def test_workers_that_have_lost_the_run_do_not_roll_it_back(changes, tmp_path):
     """Nor do they write a bundle: the last step of a run is lost, too."""
     for name, ends, step in (("one", "lost, collapse", 5), ("two", "lost", STEPS)):

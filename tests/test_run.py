@@ -253,6 +253,7 @@ def test_a_tuned_teacher_is_distilled_by_several_seeds(domain, local_ray, tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_student_that_cannot_learn_is_given_up_with_a_word(domain, local_ray, tmp_path):
     flags = ("--train.optimizer", "sgd", "--train.lr", "1e30", "--train.rollbacks", "1")
     config = config_of(domain, tmp_path, "lost", *flags)

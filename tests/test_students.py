@@ -88,6 +88,7 @@ def test_students_share_labels_that_are_made_once(pair):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_with_all_labels_recorded_starts_no_teacher(pair, domain, tmp_path, capsys):
     flags = ["--targets.store", str(pair / "store"), "--teacher.actors", "2"]
     config = config_of(domain, tmp_path, "again", *flags)
@@ -143,6 +144,7 @@ def test_one_student_that_fails_disturbs_no_other(domain, local_ray, tmp_path, c
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_teacher_of_no_numbers_stops_a_run_before_it_learns(domain, local_ray, tmp_path):
     folder = tmp_path / "teacher"
     folder.mkdir()

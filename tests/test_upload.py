@@ -116,7 +116,7 @@ def test_the_package_that_is_sent_holds_code_and_config_alone(tmp_path):
         )
         job, first, second, third = out.splitlines()
         assert (first, second, third) == ("exit 0", "exit 2", "exit 2")
-    assert re.fullmatch(r"promptkd-my-flowers-\d{8}-\d{6}", job)
+    assert re.fullmatch(r"promptkd-my-flowers-\d{8}-\d{6}-[0-9a-f]{4}", job)
     assert f"promptkd submit --stop {job} --address {server.address}" in told
     assert f"promptkd submit --follow {job} --address {server.address}" in told
     assert "address: the cluster at " in told and "runs Ray 2.9.3" in told and not old.package
