@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ import pynvml
 __all__ = ["GpuSampler", "Recorder", "Stopwatch", "gpu"]
 
 _LONGEST = 1 << 20  # bytes of a record
+_AGAIN_S = 30.0
 _NVML_S = 2.0  # for its last answer: of a driver that hangs there is none
 log = logging.getLogger(__name__)
 
@@ -25,37 +27,48 @@ class Recorder:
     """Appends records to a file, as JSON lines; each is on the disk's queue before record()
     returns.
 
-    Where one cannot be written, as on a full disk, there are no more, and the run goes on.
+    Where one cannot be written, as on a full disk, it and those of the next half minute are left
+    out, and the run goes on.
     """
 
     def __init__(self, file: Path) -> None:
         self._path = file
         self._file: FileIO | None = None
-        try:
-            file.parent.mkdir(exist_ok=True)
-            self._file = open(file, "ab", buffering=0)
-            _mend(file)
-        except OSError as error:
-            self._give_up(error.strerror)
+        self._again_s = 0.0  # of time.monotonic(): when to try again
+        self._open()
 
     def record(self, kind: str, **values: Any) -> None:
+        if not self._file and time.monotonic() >= self._again_s:
+            self._open()
         if not self._file:
             return
         line = json.dumps({"time": time.time(), "kind": kind, **values}).encode() + b"\n"
         try:
             if self._file.write(line) < len(line):
-                self._give_up("No space left on device")
+                self._wait("No space left on device")
         except OSError as error:
-            self._give_up(error.strerror)
+            self._wait(error.strerror)
 
     def close(self) -> None:
+        self._again_s = math.inf
         if self._file:
             self._file.close()
             self._file = None
 
-    def _give_up(self, why: str | None) -> None:
+    def _open(self) -> None:
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = open(self._path, "ab", buffering=0)
+            _mend(self._path)
+        except OSError as error:
+            self._wait(error.strerror)
+
+    def _wait(self, why: str | None) -> None:
+        first = not self._again_s
         self.close()
-        log.warning("%s: nothing more is recorded: %s", self._path, why)
+        self._again_s = time.monotonic() + _AGAIN_S
+        if first:
+            log.warning("%s: not recorded, and tried again later: %s", self._path, why)
 
 
 def _mend(file: Path) -> None:

@@ -35,7 +35,20 @@ def test_a_file_that_cannot_be_made_costs_the_records_alone(tmp_path, caplog):
     recorder = Recorder(tmp_path / "telemetry" / "worker-0.jsonl")
     recorder.record("worker", step=1)
     recorder.close()
-    assert "worker-0.jsonl: nothing more is recorded: File exists" in caplog.text
+    assert "worker-0.jsonl: not recorded, and tried again later: File exists" in caplog.text
+
+
+def test_records_go_on_where_there_is_room_again(tmp_path):
+    file = tmp_path / "telemetry" / "worker-0.jsonl"
+    file.parent.write_text("in the way")
+    recorder = Recorder(file)
+    file.parent.unlink()
+    recorder.record("worker", step=1)  # too soon to try again
+    recorder._again_s = 0.0  # half a minute later
+    recorder.record("worker", step=2)
+    recorder.close()
+    recorder.record("worker", step=3)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2]
 
 
 @pytest.mark.parametrize("whole", ["", '{"step": 1}\n'])
