@@ -15,8 +15,9 @@ from engine.data.loader import Loader, Work
 from engine.data.order import Share
 from engine.data.views import TEST_VIEW, ViewPolicy
 from engine.labels.inline import InlineSource, OnDemandSource, SyntheticSource
+from engine.labels.labeller import Labeller
 from engine.labels.targets import BlockView, exact, shifted, unpack
-from engine.labels.teacher import Labeller, Teacher, Team
+from engine.labels.teacher import Teacher, Team
 
 CPU = torch.device("cpu")
 POLICY = ViewPolicy(seed=3, pixels=16)

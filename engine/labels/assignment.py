@@ -10,9 +10,10 @@ from engine.config import RunConfig, UserError
 from engine.data.corpus import open_corpora
 from engine.data.isolate import decoder_of
 from engine.data.sample_list import SampleList
+from engine.labels.labeller import Labeller
 from engine.labels.labelling import Labelling
 from engine.labels.store import Store
-from engine.labels.teacher import Labeller, Labels, Team, policies
+from engine.labels.teacher import Labels, Team, policies
 
 __all__ = ["Assignment", "labeller_of"]
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from engine.data.loader import Batch
 from engine.labels.assembly import Assembly
+from engine.labels.labeller import Labeller
 from engine.labels.targets import BlockView, Form, SoftTargets, Targets, gathered, on_device
-from engine.labels.teacher import Labeller, Team
+from engine.labels.teacher import Team
 
 __all__ = ["InlineSource", "OnDemandSource", "SyntheticSource"]
 

@@ -49,7 +49,9 @@ class Statements:
     def _past(self, who: str) -> Statement:
         """What was told of it; nothing, where it has begun a new life since."""
         told = self._told.get(who)
-        if told and told.now["alive_s"] <= self._heard[who].now["alive_s"]:
+        heard = self._heard[who]
+        same = told and told.now["alive_s"] <= heard.now["alive_s"]
+        if told and same and told.done["labelled"] <= heard.done["labelled"]:
             return told
         return Statement({}, {"alive_s": 0.0}, [])
 
