@@ -1,5 +1,6 @@
 """The last that a driver does for a run: says in its records how it ended, and makes its page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config import Drained
@@ -8,10 +9,12 @@ from engine.telemetry import Recorder
 
 __all__ = ["close_run"]
 
+_QUICK_BYTES = 16 << 20  # of telemetry, which are read in a second or two
 
-def close_run(folder: Path, why: BaseException | None = None) -> None:
+
+def close_run(folder: Path, why: BaseException | None = None, hosts: Sequence[str] = ()) -> None:
     """Writes report.html. `why`: what has ended the run before its end; who has asked it to stop is
-    not kept waiting for pictures.
+    not kept waiting for pictures, nor for more than 16 MiB of telemetry. `hosts`: corpus.hosts.
 
     Where no page can be made, that is one warning: it takes nothing from what the run has done.
     """
@@ -22,14 +25,22 @@ def close_run(folder: Path, why: BaseException | None = None) -> None:
         recorder = Recorder(metrics)
         recorder.record("end", state=_state(why), text=str(why))
         recorder.close()
+    hurried = isinstance(why, KeyboardInterrupt)
     try:
+        if hurried and _telemetry_bytes(folder) > _QUICK_BYTES:
+            say(f"report: `promptkd report {folder}` makes the page; it has much to read")
+            return
         from engine.report.page import (
             write,
         )  # with templates and Arrow, which a start has no use for
 
-        say(f"report: {write(folder, pictures=not isinstance(why, KeyboardInterrupt))}")
+        say(f"report: {write(folder, 'none' if hurried else 'all', hosts=hosts)}")
     except Exception as error:
         say(f"warning: no report.html: {type(error).__name__}: {error}")
+
+
+def _telemetry_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in (folder / "telemetry").glob("*.jsonl"))
 
 
 def _state(why: BaseException) -> str:

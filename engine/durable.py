@@ -10,8 +10,9 @@ _PIECE_BYTES = 1 << 24  # of one write
 
 def write(path: Path, data: bytes) -> None:
     """Writes a file and flushes it, though not its name; through `os.write`, so that a full disk is
-    an error, which names the file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    an error, which names the file. A symlink is not followed: it is an error, too."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.open(path, flags, 0o666)
     try:
         rest = memoryview(data)
         while rest:
@@ -28,6 +29,7 @@ def replace(path: Path, data: bytes) -> None:
     """Writes a file atomically and for good."""
     partial = path.with_name(f"{path.name}.tmp")
     try:
+        partial.unlink(missing_ok=True)  # what may lie there is not ours: it could be a link
         write(partial, data)
         os.replace(partial, path)
     except BaseException:

@@ -42,7 +42,7 @@ def outcome_of(task: Task, pool: Pool | None, signals: Signals, started: float) 
         )
     if failure:
         write_ledger(task)
-        close_run(config.folder, failure)
+        close_run(config.folder, failure, config.corpus.hosts)
         return failure
     told["labels"] |= {"source": task.source}
     if pool:
@@ -50,7 +50,7 @@ def outcome_of(task: Task, pool: Pool | None, signals: Signals, started: float) 
     summary = _summary(config.name, told, time.perf_counter() - started)
     run_folder.write(config.folder / "ledger.json", told["ledger"])
     run_folder.write(config.folder / "summary.json", summary)
-    close_run(config.folder)
+    close_run(config.folder, hosts=config.corpus.hosts)
     return summary
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from engine.config import Section, UserError, path_field
 from engine.data.datasets import DatasetName
@@ -29,8 +29,11 @@ class ReportConfig(Section):
     .md file a benchmark, and plots; empty: tables to the terminal."""
     dataset: DatasetName | None = None
     """Data set of a run's images: the paper's rows of it are shown beside its own."""
-    images: bool = True
-    """Show images of the corpus, where it can be reached."""
+    images: Literal["local", "all", "none"] = "local"
+    """Images of the corpus that are shown: where it lies on this machine; also at URLs, which are
+    then read as you, wherever a folder from somebody else points; or none."""
+    hosts: tuple[str, ...] = ()
+    """Hosts of URLs that may lie on private addresses, or be redirected to; HOST or HOST:PORT."""
     results: str = path_field(str(RESULTS))
     """Folder of the benchmarks' CSV files."""
 
@@ -49,7 +52,7 @@ def main(args: Sequence[str]) -> None:
     found = compare.folders(config.what)
     if len(found) == 1:
         out = Path(config.out) if config.out else None
-        print(page.write(found[0], config.images, config.dataset, out))
+        print(page.write(found[0], config.images, config.dataset, out, config.hosts))
         return
     runs, out = compare.named(found), Path(config.out or "compare.html")
     compare.write(runs, out)
@@ -60,12 +63,13 @@ def main(args: Sequence[str]) -> None:
 def _table(lines: Sequence["Line"]) -> str:
     from engine.report.words import count, duration, score
 
-    width = max(len(line.name) for line in lines)
+    names = ["".join(c if c.isprintable() else "?" for c in line.name) for line in lines]
+    width = max(map(len, names))
     told = [f"{'':<{width}}{'images/s':>10}{'wall':>14}{'HM':>8}{'agreement':>11}  state"]
     told += [
-        f"{line.name:<{width}}{count(line.images_per_second):>10}{duration(line.wall_s):>14}"
+        f"{name:<{width}}{count(line.images_per_second):>10}{duration(line.wall_s):>14}"
         f"{score(line.hm):>8}{score(line.agreement):>11}  {line.state}"
-        for line in lines
+        for name, line in zip(names, lines, strict=True)
     ]
     return "\n".join(told)
 

@@ -1,5 +1,7 @@
 """Pages of runs: what they say is what the folder says, and nothing in them is anybody's code."""
 
+import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -9,8 +11,9 @@ from pages import Page
 from run_folders import START, append, begun, probe, trained, write
 from tars import write_tar
 
+from engine import durable
 from engine.closing import close_run
-from engine.config import Drained, RunConfig, RunFailed, to_dict
+from engine.config import Drained, RunConfig, RunFailed, UserError, to_dict
 from engine.parse import parse
 from engine.report import again, page
 from engine.report.facts import read_facts
@@ -102,7 +105,7 @@ def test_a_corpus_that_is_gone_costs_the_pictures(whole, tmp_path, corpus):
     found = Page.of(page.write(folder))
     assert found.pictures == [] and "No pictures below: corpus.shards: " in found.text
     assert "nowhere" in found.text and "daisy" in found.text
-    (found,) = (Page(page.page(read_facts(whole), pictures=False)),)
+    (found,) = (Page(page.page(read_facts(whole), pictures="none")),)
     assert found.pictures == [] and "`promptkd report` adds them" in found.text
 
 
@@ -183,6 +186,34 @@ def test_round_numbers():
         Page(lines("t", "d", odd, "step"))
 
 
+def test_who_stops_a_run_of_much_telemetry_does_not_wait(tmp_path, capsys):
+    folder = begun(tmp_path / "run")
+    trained(folder, [1])
+    (folder / "telemetry").mkdir()
+    with open(folder / "telemetry" / "worker-0.jsonl", "wb") as file:
+        file.truncate(17 << 20)
+    close_run(folder, Drained("by SIGTERM", 143))
+    assert not (folder / "report.html").exists()
+    assert f"`promptkd report {folder}` makes the page" in capsys.readouterr().err
+    assert read_facts(folder).state == "drained"
+    close_run(folder, RunFailed("no room"))
+    assert "Failed at step 1" in Page.of(folder / "report.html").text
+
+
+def test_urls_are_shown_without_secrets(tmp_path, capsys):
+    runs = [begun(tmp_path / name, f"https://me:{name}word@host/a?sig={name}") for name in "xy"]
+    for run in runs:
+        config = json.loads((run / "config.json").read_text())
+        config["teachers"] = [{"weights": "https://me:xword@host/w?sig=x"}]
+        write(run / "config.json", config)
+    found = page.write(runs[0]).read_text()
+    out = tmp_path / "both.html"
+    assert cli.main(["report", *map(str, runs), "--out", str(out)]) == 0
+    for text in (found, out.read_text()):
+        assert "word@" not in text and "sig=" not in text
+    assert 'shards = "https://host/a?..."' in Page(found).text
+
+
 # ------------------------------------------------------------------- the command
 
 
@@ -216,3 +247,74 @@ def test_what_the_command_cannot_do_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken" / "config.json").write_text("{")
     assert cli.main(["report", "broken"]) == 2
     assert "has no config.json that can be read" in capsys.readouterr().err
+
+
+def test_runs_of_stage_one_are_left_out(tmp_path, capsys):
+    (tmp_path / "runs" / "prompts").mkdir(parents=True)
+    write(tmp_path / "runs" / "prompts" / "config.json", {"name": "prompts"})
+    words = ["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out.html")]
+    assert cli.main(words) == 2
+    assert "what: " in capsys.readouterr().err
+    for name in ("a", "b"):
+        trained(begun(tmp_path / "runs" / name), [1])
+    assert cli.main(words) == 0
+    told = capsys.readouterr()
+    assert "left out, being no distillations: prompts" in told.err and "broken off" in told.out
+    assert cli.main(["report", str(tmp_path / "runs" / "prompts")]) == 2
+    assert "what: " in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- folders of others
+
+
+def test_strange_values_leave_a_page(tmp_path, capsys):
+    folders = [begun(tmp_path / "\x1b[2Jrun"), begun(tmp_path / "other")]
+    config = json.loads((folders[0] / "config.json").read_text())
+    write(folders[0] / "config.json", config | {"name": "\x1b[2J\ud800"})
+    trained(folders[0], [1, 2], images_per_second=int("9" * 400), loss=5e-324)
+    trained(folders[0], [3], images_per_second=-1)
+    trained(folders[0], [4], images_per_second=1, agreement=1e299)
+    ledger = {"seen": int("9" * 400), "trained": int("8" * 400), "skipped": {"\ud800": 1}}
+    write(folders[0] / "ledger.json", ledger)
+    span = {"labels_s": 1.0, "data_s": 0.0, "rank": 0, "time": START}
+    telemetry = folders[0] / "telemetry" / "worker-0.jsonl"
+    append(telemetry, *[span | {"span_s": 1e-9}] * 100, *[span | {"span_s": 3e-7}] * 100)
+    append(telemetry, {"kind": "worker"} | span | {"span_s": 1e299})
+    append(folders[0] / "metrics.jsonl", {"time": 1.0, "kind": "notice", "text": "\ud800"})
+    page.write(folders[0])
+    Page.of(folders[0] / "report.html")
+    words = ["report", *map(str, folders), "--out", str(tmp_path / "out.html")]
+    assert cli.main(words) == 0
+    assert "?[2J?" in (told := capsys.readouterr().out) and "\x1b" not in told.replace(
+        str(tmp_path), ""
+    )
+    for corpus in ([1], {"hosts": 5, "shards": "nowhere"}, "x", {"shards": [1]}, {}):
+        write(folders[0] / "config.json", config | {"corpus": corpus})
+        probes = folders[0] / "telemetry" / "probes.jsonl"
+        append(probes, probe(1, (0, 0, 0, 0.5, 1, 0.5, 1.0)))
+        page.write(folders[0])
+        assert "No pictures below" in Page.of(folders[0] / "report.html").text
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "class_vectors.safetensors"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, name):
+    folder = begun(tmp_path / "run")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    if name == "config.json":
+        with pytest.raises(UserError, match=r"what: .* has no config\.json that can be read"):
+            read_facts(folder)
+    else:
+        assert read_facts(folder).state == "broken off"
+
+
+def test_a_page_is_not_written_through_a_link(tmp_path):
+    folder, victim = begun(tmp_path / "run"), tmp_path / "victim"
+    victim.write_text("precious")
+    (folder / "report.html.tmp").symlink_to(victim)
+    page.write(folder)
+    assert victim.read_text() == "precious" and not (folder / "report.html").is_symlink()
+    (folder / "link").symlink_to(victim)
+    with pytest.raises(OSError, match="Too many levels"):
+        durable.write(folder / "link", b"gone")
+    assert victim.read_text() == "precious"

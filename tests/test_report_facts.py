@@ -1,6 +1,7 @@
 """What is read out of run folders, however they were left."""
 
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from engine.config import UserError
 from engine.report.compare import differences, folders
 from engine.report.facts import Facts, Probes, Skip, read_facts
 from engine.report.findings import agreement, disagreements, drift, extremes, late
-from engine.report.records import lineage
+from engine.report.records import lineage, read_records
 from engine.report.spans import Span, shares
 from engine.report.words import bottleneck, duration, verdict
 
@@ -209,3 +210,43 @@ def test_a_folder_of_runs_stands_for_them(tmp_path):
 def test_durations():
     told = [duration(seconds) for seconds in (None, 7.25, 119.6, 3600, 90_061)]
     assert told == ["-", "7.25 s", "2 min 0 s", "1 h 0 min", "25 h 1 min"]
+
+
+# ------------------------------------------------------------------- large files
+
+
+def test_of_a_large_file_evenly_spaced_pieces_are_read(tmp_path):
+    file = tmp_path / "worker-0.jsonl"
+    append(file, *({"step": step, "text": "x" * 80} for step in range(60_000)))
+    size = file.stat().st_size
+    assert [one["step"] for one in read_records(file)] == [*range(60_000)]
+    steps = np.array([one["step"] for one in read_records(file, size // 10)])
+    assert 4000 < len(steps) < 8000 and (np.diff(steps) > 0).all()
+    assert steps[0] == 0 and steps[-1] == 59_999
+    assert np.diff(steps).max() < 120, "no part of it is left out"
+
+
+def test_a_line_without_an_end_is_read_in_bounds(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    append(file, {"step": 1})
+    with open(file, "r+b") as sparse:
+        sparse.truncate(400 << 20)
+    tracemalloc.start()
+    assert [*read_records(file)] == [{"step": 1}]
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
+def test_neighbouring_spans_are_put_together(tmp_path):
+    folder = begun(tmp_path / "run")
+    told = [
+        {"time": START + 5 * n, "rank": 0, "span_s": 5.0, "labels_s": n % 5, "data_s": 1.0}
+        | {"gpu_utilisation": n % 2}
+        for n in range(1, 10_001)
+    ]
+    append(folder / "telemetry" / "worker-0.jsonl", *told)
+    spans = read_facts(folder).students
+    assert len(spans) == 2000 and all(span.span_s == 25 for span in spans)
+    assert sum(span.parts_s["labels"] for span in spans) == sum(one["labels_s"] for one in told)
+    assert (spans[0].start, spans[-1].end) == (START, START + 50_000)
+    assert {round(span.gpu["gpu_utilisation"], 1) for span in spans} == {0.4, 0.6}

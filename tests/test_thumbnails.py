@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from servers import serving_files
 
 from engine.config import CorpusConfig, to_dict
 from engine.data.corpus import Corpus, Sample
@@ -107,3 +108,15 @@ def test_what_has_no_picture_says_why(corpus_folder, tmp_path):
     damaged = read(corpus_folder)[0]
     half = damaged._replace(data=memoryview(b"\xff\xd8\xff" + bytes(50)))
     assert list(shrunk([half]).values()) == [("", "undecodable")]
+
+
+def test_urls_are_read_when_asked_and_private_hosts_when_told(corpus_folder):
+    """The hosts that a folder's own config.json lists count for nothing."""
+    with serving_files(corpus_folder) as host:
+        told = to_dict(CorpusConfig(shards=f"http://{host}/", hosts=(host,)))
+        afar = thumbnails(told, [(0, 0)])
+        assert afar.found == {} and "--images all" in afar.why
+        refused = thumbnails(told, [(0, 0)], "all")
+        assert refused.found == {} and "a loopback address" in refused.why
+        read = thumbnails(told, [(0, 0)], "all", [host])
+        assert read.why == "" and read.found[0, 0].shard == f"http://{host}/000000.tar"

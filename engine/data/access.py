@@ -4,7 +4,7 @@ import ipaddress
 import re
 import socket
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from engine.config import UserError
@@ -17,6 +17,7 @@ __all__ = [
     "Unsteady",
     "check_url",
     "literal_address",
+    "public",
     "require_public",
     "scheme",
     "shown",
@@ -95,6 +96,17 @@ def shown(url: str) -> str:
     authority, slash, path = place.partition("/")
     host = authority.rpartition("@")[2]
     return f"{scheme(url)}://{host}{slash}{path}{'?...' if mark else ''}"
+
+
+def public(value: Any) -> Any:
+    """A setting without passwords and signed queries of urls, which `::` may part."""
+    if isinstance(value, list | tuple):
+        return [public(one) for one in value]
+    if isinstance(value, dict):
+        return {name: public(one) for name, one in value.items()}
+    if isinstance(value, str) and "://" in value:
+        return "::".join(map(shown, value.split("::")))
+    return value
 
 
 def check_url(url: str, field: str) -> None:

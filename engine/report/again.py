@@ -5,12 +5,14 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from engine.data.access import public
+
 __all__ = ["command", "toml"]
 
 
 def toml(config: Mapping[str, Any]) -> str:
     """The settings of a run as a file that `promptkd distill` reads. What is None is left out: it
-    is so by default."""
+    is so by default; and so are passwords and signed queries of URLs, which are to be added."""
     plain = {k: v for k, v in config.items() if not isinstance(v, dict) and k != "overwrite"}
     sections = {name: value for name, value in config.items() if isinstance(value, dict)}
     lines = _fields(plain)
@@ -34,4 +36,4 @@ def _value(value: Any) -> str:
         return f"[{', '.join(map(_value, value))}]"
     # JSON's strings, numbers and truth values are TOML's, but for one control character and for
     # surrogate pairs, which do not come where text is kept as it is.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(public(value), ensure_ascii=False).replace("\x7f", "\\u007f")

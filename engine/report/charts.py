@@ -91,7 +91,10 @@ def _edges(spans: Sequence[Span]) -> tuple[np.ndarray, str, float]:
     unit_s, label = (3600, "hours") if end - start > 7200 else (60, "minutes")
     if end - start < 180:
         unit_s, label = 1, "seconds"
-    return np.linspace(start, end, bins + 1), label, unit_s
+    edges = np.linspace(start, end, bins + 1)
+    if not (np.diff(edges) > 0).all():  # closer together than numbers of this size can be
+        edges = np.array([start, end])
+    return edges, label, unit_s
 
 
 def _scaled(edges: np.ndarray, unit_s: float) -> list[float]:

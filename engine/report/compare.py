@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 from engine import durable
 from engine.config import UserError
+from engine.data.access import public
+from engine.progress import say
 from engine.report import words
 from engine.report.charts import curves
 from engine.report.facts import Facts, read_facts
 from engine.report.page import clock, environment
+from engine.report.records import read_object
 from engine.report.spans import WAITS, mean_shares
 
 __all__ = ["Line", "compared", "differences", "folders", "named", "write"]
@@ -35,15 +38,23 @@ class Line(NamedTuple):
 
 
 def folders(named: Sequence[str]) -> list[Path]:
-    """The run folders that these are, or hold, as one of several seeds or students does. Raises
-    UserError for what is, and holds, none."""
+    """The run folders that these are, or hold, as one of several seeds or students does; what else
+    they hold, such as runs of stage I, is left out. Raises UserError for what is, and holds, none.
+    """
     found = []
     for name in named:
         folder = Path(name)
+        if (folder / "config.json").exists():
+            found.append(folder)
+            continue
         inner = sorted(file.parent for file in folder.glob("*/config.json"))
-        if not (folder / "config.json").exists() and not inner:
-            raise UserError(f"what: {folder} is no run folder, and holds none: no config.json")
-        found += [folder] if (folder / "config.json").exists() else inner
+        ours = [one for one in inner if _is_distillation(one)]
+        if not ours:
+            why = "no config.json of a distillation"
+            raise UserError(f"what: {folder} is no run folder, and holds none: {why}")
+        if others := [one.name for one in inner if one not in ours]:
+            say(f"{folder}: left out, being no distillations: {', '.join(others)}")
+        found += ours
     return list(dict.fromkeys(found))
 
 
@@ -101,7 +112,11 @@ def write(runs: Mapping[str, Facts], out: Path) -> None:
             differences=differences(runs),
         )
     )
-    durable.replace(out, text.encode())
+    durable.replace(out, text.encode(errors="replace"))
+
+
+def _is_distillation(folder: Path) -> bool:
+    return isinstance(read_object(folder / "config.json").get("student"), dict)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -115,6 +130,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _told(value: Any) -> str:
+    value = public(value)
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "-"
     return "-" if value is None or value == "" else str(value)

@@ -14,9 +14,17 @@ import numpy as np
 from safetensors import SafetensorError
 
 from engine.config import UserError
-from engine.json_text import parse_json
+from engine.json_text import MOST_BYTES, parse_json
 from engine.lease import DEAD_S
-from engine.report.records import Record, lineage, number, read_object, read_records
+from engine.report.records import (
+    Record,
+    lineage,
+    number,
+    opened,
+    read_object,
+    read_records,
+    too_large,
+)
 from engine.report.spans import Span, students_spans, teachers_spans, waits
 from engine.tensor_files import open_tensors
 
@@ -72,6 +80,7 @@ class Facts:
     probes: Probes
     skipped: list[Skip]
     classes: tuple[str, ...]  # empty where their names are not known
+    large: int  # files of records that were read in part
 
     @property
     def wall_s(self) -> float | None:
@@ -88,7 +97,7 @@ class Facts:
         if (told := number(self.summary, "images_per_second")) is not None:
             return told
         rates = [number(record, "images_per_second") for record in self.train]
-        sound = [rate for rate in rates if rate]
+        sound = [rate for rate in rates if rate and rate > 0]
         return len(sound) / sum(1 / rate for rate in sound) if sound else None
 
     def last(self, name: str) -> float | None:
@@ -103,14 +112,14 @@ def read_facts(folder: Path) -> Facts:
     """Raises UserError for what is no run folder of a distillation."""
     config = read_object(folder / "config.json")
     if not config:
-        raise UserError(f"{folder} is no run folder: it has no config.json that can be read")
+        raise UserError(f"what: {folder} is no run folder: it has no config.json that can be read")
     if not isinstance(config.get("student"), dict):
-        raise UserError(f"{folder} is no distillation: its config.json has no section student")
+        raise UserError(f"what: {folder} is no distillation: no section student in config.json")
     lives = [life for life in _list(config.pop("lives", None)) if isinstance(life, dict)]
     # Older runs have one life, which they do not list.
     first = {name: config.pop(name, None) for name in ("versions", "git_sha")}
     lives = lives or [{name: value for name, value in first.items() if value}]
-    records = read_records(folder / "metrics.jsonl")
+    records = [*read_records(folder / "metrics.jsonl")]
     summary = read_object(folder / "summary.json")
     telemetry = folder / "telemetry"
     train = [record for record in records if record.get("kind") == "train"]
@@ -136,6 +145,15 @@ def read_facts(folder: Path) -> Facts:
         probes=_probes(lineage(read_records(telemetry / "probes.jsonl"))),
         skipped=_skipped(telemetry),
         classes=_classes(folder),
+        large=sum(
+            too_large(files)
+            for files in (
+                [folder / "metrics.jsonl"],
+                [telemetry / "probes.jsonl"],
+                [telemetry / "teachers.jsonl"],
+                [*telemetry.glob("worker-*.jsonl")],
+            )
+        ),
     )
 
 
@@ -160,7 +178,8 @@ def _list(value: Any) -> list[Any]:
 
 def _rollbacks(folder: Path) -> list[Any]:
     try:
-        return _list(parse_json((folder / "rollbacks.json").read_bytes()))
+        with opened(folder / "rollbacks.json") as text:
+            return _list(parse_json(text.read(MOST_BYTES + 1)))
     except (OSError, ValueError):
         return []
 
@@ -202,6 +221,7 @@ def _skipped(telemetry: Path) -> list[Skip]:
 def _classes(folder: Path) -> tuple[str, ...]:
     """Their names, of the class vectors that every run folder has."""
     try:
+        opened(folder / "class_vectors.safetensors").close()
         with open_tensors(folder / "class_vectors.safetensors", "np") as file:
             told = parse_json((file.metadata() or {})["class_vectors"])
         return tuple(map(str, told["names"]))

@@ -5,6 +5,7 @@ Class names, keys, shard names and messages come from others, and are escaped.
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from engine.report.facts import Facts, read_facts
 from engine.report.findings import agreement, disagreements, drift, extremes, late
 from engine.report.records import number
 from engine.report.spans import WAITS, Span, mean_shares
-from engine.report.thumbnails import Place, Thumbnails, thumbnails
+from engine.report.thumbnails import Pictures, Place, thumbnails
 
 __all__ = ["clock", "environment", "page", "write"]
 
@@ -36,30 +37,35 @@ _MODELS = {
 
 def write(
     folder: Path,
-    pictures: bool = True,
+    pictures: Pictures = "local",
     dataset: DatasetName | None = None,
     out: Path | None = None,
+    hosts: Sequence[str] = (),
 ) -> Path:
     """Writes the page of a run, to `report.html` in its folder if not elsewhere; gives its path.
-    `pictures`: with those of samples, from the corpus. `dataset`: the paper's rows beside are its.
+    `pictures`: of samples, from the corpus, by way of `hosts` on private addresses, too. `dataset`:
+    the paper's rows beside are its.
 
     Raises UserError for what is no run folder, and OSError where the page cannot be written.
     """
     facts, file = read_facts(folder), out or folder / "report.html"
-    durable.replace(file, page(facts, pictures, dataset).encode())
+    durable.replace(file, page(facts, pictures, dataset, hosts).encode(errors="replace"))
     return file
 
 
-def page(facts: Facts, pictures: bool = True, dataset: DatasetName | None = None) -> str:
+def page(
+    facts: Facts,
+    pictures: Pictures = "local",
+    dataset: DatasetName | None = None,
+    hosts: Sequence[str] = (),
+) -> str:
     """The page; see write()."""
     latest = late(facts.probes)
     differing = disagreements(latest, _DISAGREEMENTS)
     skipped = _skipped(facts)
     places: list[Place] = [(one.shard, one.position) for one in differing]
     places += [(one.shard, one.position) for group in skipped.values() for one in group]
-    shown = Thumbnails({}, "pictures were left out: `promptkd report` adds them")
-    if pictures:
-        shown = thumbnails(facts.config.get("corpus") or {}, places)
+    shown = thumbnails(facts.config.get("corpus"), places, pictures, hosts)
     classes, shards = agreement(latest), drift(facts.probes)
     worst, best = extremes(classes, _EXTREMES)
     started = number(facts.lives[0], "started") if facts.lives else None

@@ -1,13 +1,13 @@
 """What the time of student workers and teachers went to, as their telemetry adds it up."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from engine.report.records import Record, number, read_records
+from engine.report.records import Record, number, read_records, read_several
 
 __all__ = [
     "WAITS",
@@ -23,6 +23,7 @@ __all__ = [
 WAITS = ("labels", "data")  # of a student worker, which works in the rest of the time
 WORKS = ("forward", "decode", "read", "write")  # of a teacher, at the same time
 _GPU = ("gpu_utilisation", "gpu_memory_bytes", "gpu_power_w")
+_MOST_SPANS = 2000  # of a member of a file; neighbours are put together where it has more
 _WAITED = {"waited_labels_s": "labels", "waited_data_s": "data"}
 
 
@@ -44,7 +45,7 @@ class Span(NamedTuple):
 def students_spans(telemetry: Path) -> list[Span]:
     """Of all workers."""
     files = sorted(telemetry.glob("worker-*.jsonl"))
-    return _spans([record for file in files for record in read_records(file)], WAITS, "rank")
+    return [span for one in read_several(files) for span in _spans(one, WAITS, "rank")]
 
 
 def teachers_spans(telemetry: Path) -> list[Span]:
@@ -96,15 +97,34 @@ def mean_shares(spans: Sequence[Span], parts: Sequence[str]) -> dict[str, float]
     return {part: sum(span.parts_s[part] for span in spans) / whole_s for part in parts}
 
 
-def _spans(records: Sequence[Record], parts: Sequence[str], who: str) -> list[Span]:
+def _spans(records: Iterable[Record], parts: Sequence[str], who: str) -> list[Span]:
     """Records that do not tell how long they are count for nothing."""
-    found = []
+    found: dict[str, list[Span]] = {}
     for record in records:
         end, span_s = number(record, "time"), number(record, "span_s")
-        if end is None or span_s is None or span_s <= 0:
+        if end is None or span_s is None or end - span_s >= end:  # also where it is too short
             continue
         parts_s = {part: number(record, f"{part}_s") or 0.0 for part in parts}
         gpu = {name: value for name in _GPU if (value := number(record, name)) is not None}
         name, host = str(record.get(who, "")), str(record.get("host", ""))
-        found.append(Span(name, host, end, span_s, parts_s, gpu))
-    return found
+        found.setdefault(name, []).append(Span(name, host, end, span_s, parts_s, gpu))
+    return [span for mine in found.values() for span in _merged(mine)]
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    """Of one member, in their order, at most 2,000: neighbours are put together. What lies between
+    them, as where a run has rested, is not theirs."""
+    size = -(-len(spans) // _MOST_SPANS)
+    return [_joined(spans[at : at + size]) for at in range(0, len(spans), size)]
+
+
+def _joined(spans: Sequence[Span]) -> Span:
+    if len(spans) == 1:
+        return spans[0]
+    last = spans[-1]
+    parts_s = {part: sum(span.parts_s[part] for span in spans) for part in last.parts_s}
+    gpu = {}
+    for name in last.gpu:
+        known = [span.gpu[name] for span in spans if name in span.gpu]
+        gpu[name] = sum(known) / len(known)
+    return Span(last.who, last.host, last.end, sum(span.span_s for span in spans), parts_s, gpu)

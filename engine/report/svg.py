@@ -15,6 +15,7 @@ __all__ = ["Curve", "dots", "lines", "si", "stack", "ticks"]
 
 _WIDTH, _HEIGHT = 420, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 34
+_LEAST = 1e-300  # what can be told apart from nothing
 _MOST_POINTS = 300  # of a curve, which are as many as can be told apart
 
 
@@ -141,7 +142,7 @@ def dots(
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from low to high, at most about `most`."""
     span = high - low
-    if not (span > 0 and math.isfinite(span)):
+    if not (span > _LEAST and math.isfinite(span)):
         return [low]
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(m * power for m in (1, 2, 5, 10) if span / (m * power) <= most)
@@ -160,7 +161,8 @@ def si(value: float) -> str:
 
 def _wide(low: float, high: float) -> tuple[float, float]:
     """Bounds that are apart."""
-    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), low + 0.5 * (abs(low) or 1))
+    half = 0.5 * (abs(low) if abs(low) > _LEAST else 1)
+    return (low, high) if high - low > _LEAST else (low - half, low + half)
 
 
 def _thinned(curve: Curve) -> Curve:

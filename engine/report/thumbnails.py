@@ -9,17 +9,20 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engine.config import CorpusConfig, UserError
+from engine.data.access import scheme
 from engine.data.corpus import Corpus, Sample, open_corpora
 
-__all__ = ["Place", "Thumbnail", "Thumbnails", "thumbnails"]
+__all__ = ["Pictures", "Place", "Thumbnail", "Thumbnails", "thumbnails"]
 
 _CHILD = Path(__file__).with_name("shrink.py")
 _READ_S = 6.0  # for all images together, which may lie behind a slow line
 _SHRINK_S = 6.0
+_AFAR = "the corpus is not on this machine; `promptkd report RUN --images all` reads it"
 Place = tuple[int, int]  # shard and position
+Pictures = Literal["local", "all", "none"]  # which are shown: of a corpus on this machine, or any
 
 
 class Thumbnail(NamedTuple):
@@ -38,8 +41,15 @@ class Thumbnails(NamedTuple):
     why: str = ""
 
 
-def thumbnails(settings: Mapping[str, Any], places: Iterable[Place]) -> Thumbnails:
-    """Pictures of samples of the corpus of a run, whose `[corpus]` this is.
+def thumbnails(
+    settings: Any,
+    places: Iterable[Place],
+    which: Pictures = "local",
+    hosts: Sequence[str] = (),
+) -> Thumbnails:
+    """Pictures of samples of the corpus of a run, whose `[corpus]` this is. It may come from
+    somebody else: URLs are read if `which` is "all", and only `hosts`, not those that it names, may
+    lie on addresses that are not public.
 
     What cannot be read in a few seconds has none. Never raises for a corpus that is gone, damaged
     or slow: a report is to be made without it.
@@ -47,14 +57,23 @@ def thumbnails(settings: Mapping[str, Any], places: Iterable[Place]) -> Thumbnai
     wanted = [place for place in dict.fromkeys(places) if min(place) >= 0]
     if not wanted:
         return Thumbnails({})
+    if which == "none":
+        return Thumbnails({}, "pictures were left out: `promptkd report` adds them")
+    if not isinstance(settings, Mapping):
+        return Thumbnails({}, "config.json names no corpus")
+    if which == "local" and _is_afar(str(settings.get("shards", ""))):
+        return Thumbnails({}, _AFAR)
     known = {field.name for field in fields(CorpusConfig)}
     told = {name: value for name, value in settings.items() if name in known}
-    told |= {"evaluation": "", "retries": 0, "timeout_s": _READ_S, "cache": ""}
-    told["hosts"] = tuple(told.get("hosts", ()))
+    told |= {"evaluation": "", "samples": "", "retries": 0, "timeout_s": _READ_S, "cache": ""}
+    told["hosts"] = tuple(hosts)
     try:
         corpus = open_corpora(CorpusConfig(**told))["shards"]
     except (UserError, OSError, ValueError, TypeError) as error:
         return Thumbnails({}, str(error))
+    if which == "local" and any(map(_is_afar, corpus.shards)):
+        corpus.close()
+        return Thumbnails({}, _AFAR)
     late = threading.Timer(_READ_S, corpus.close)
     late.start()
     try:
@@ -71,6 +90,11 @@ def thumbnails(settings: Mapping[str, Any], places: Iterable[Place]) -> Thumbnai
         name = corpus.shards[sample.shard] if named else f"shard {sample.shard}"
         found[place] = Thumbnail(uri, why, sample.key, name)
     return Thumbnails(found)
+
+
+def _is_afar(shards: str) -> bool:
+    """Whether any of these shards, with `::` between, is at a URL."""
+    return any(scheme(one) not in ("", "file") for one in shards.split("::"))
 
 
 def _read(corpus: Corpus, wanted: Sequence[Place]) -> list[Sample]:

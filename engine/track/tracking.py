@@ -9,7 +9,7 @@ from typing import Any
 
 from engine import run_folder
 from engine.config import RunConfig, TrackConfig, UserError, to_dict
-from engine.data.access import shown
+from engine.data.access import public
 from engine.progress import say
 from engine.track.aside import Aside
 from engine.track.child import About, Child
@@ -105,7 +105,7 @@ def _tensorboard(config: RunConfig, about: About):
 def _about(config: RunConfig) -> About:
     """What a tracker, which may be another's server, is to know of a run."""
     told = {
-        f"{section}.{name}" if name else section: _public(value)
+        f"{section}.{name}" if name else section: public(value)
         for section, fields in to_dict(config).items()
         for name, value in (fields if isinstance(fields, dict) else {"": fields}).items()
     }
@@ -114,10 +114,3 @@ def _about(config: RunConfig) -> About:
     models = (config.teacher.model, config.student.model)
     tags = (config.preset, *(model.rpartition("/")[2][-_TOLD:] for model in models))
     return About(name, config.track.project, str(config.folder), told, tags)
-
-
-def _public(value: Any) -> Any:
-    """A setting without passwords and signed queries of URLs."""
-    if isinstance(value, str) and "://" in value:
-        return "::".join(map(shown, value.split("::")))
-    return value
