@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from kernels.kl import chosen
 
 __all__ = ["resolve", "session", "start", "threads_of", "wait_for_room", "wanted"]
 
+_LISTENS_S = 10.0  # for a cluster to take a connection
 # Ray's usage reports and state exports serve no run, and slow its start.
 _QUIET_RAY = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -83,6 +85,7 @@ def start(address: str, cpus: float = 0) -> bool:
         _hide_token()
         return True
     say(f"joining the Ray cluster at {address}")
+    _require_listener(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
@@ -96,6 +99,18 @@ def start(address: str, cpus: float = 0) -> bool:
             "programs there; start its head and nodes with RAY_AUTH_MODE=token"
         )
     return True
+
+
+def _require_listener(address: str) -> None:
+    """Raises UserError where nobody listens at HOST:PORT, for which Ray waits without end."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host = host.strip("[]")
+    if not port.isdecimal():  # auto
+        return
+    try:
+        socket.create_connection((host, int(port)), _LISTENS_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"ray.address: no Ray cluster answers at {address}: {error}") from None
 
 
 def _ask_for_a_token() -> None:

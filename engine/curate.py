@@ -55,6 +55,11 @@ def make_list(
     ]
     for line in how:
         say(line)
+    if told.form == "logits":
+        say(
+            "warning: logits tell classes more than images: with few classes much is alike. Labels "
+            "recorded with --train.feature_weight hold the teacher's features"
+        )
     recorded, device = (
         store.recorded(told),
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),

@@ -37,7 +37,8 @@ def main(args: Sequence[str]) -> None:
     labels = told["labels"]
     print(
         f"{labels.get('labelled', 0):,.0f} images labelled by {labels['teachers']:.0f} teachers"
-        + (f", {told['images_per_second']:,.1f} images/s" if told["images_per_second"] else "")
+        # What comes within a second was under way when the first label came.
+        + (f", {told['images_per_second']:,.1f} images/s" if told["s"] >= 1 else "")
     )
     for step in ("read", "decode", "forward", "write"):
         print(f"  {step:<8}{labels.get(f'{step}_s', 0.0):>10,.1f} s of the teachers' threads")

@@ -54,6 +54,8 @@ def main(args: Sequence[str]) -> None:
     from engine.data.views import ViewPolicy
     from engine.progress import say, track
 
+    if not config.images:
+        raise UserError("images: name images, shards or folders, behind the bundle")
     named = samples(find(config.images))
     if (first := next(named, None)) is None:
         raise UserError(f"images: there are none in {', '.join(config.images)}")

@@ -1,11 +1,12 @@
 import os
+import re
 
 import pytest
 from distributed import run_apart
 
 from engine import cluster
 from engine.cluster import threads_of, wanted
-from engine.config import RunConfig, RunFailed, StudentConfig, TeacherConfig
+from engine.config import RunConfig, RunFailed, StudentConfig, TeacherConfig, UserError
 
 NODE = {"CPU": 96.0, "GPU": 8.0}
 
@@ -35,6 +36,15 @@ def test_what_a_run_wants_of_a_cluster_with_nodes_for_each_side():
     )
     assert wanted(config, [student], False)["teacher"] == 0
     assert wanted(RunConfig(name="x"), [StudentConfig()], True) == {"CPU": 1, "GPU": 0}
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:9", "[::1]:9", "ray://127.0.0.1:9", "127.0.0.1:99999"]
+)
+def test_a_cluster_that_is_not_there_is_not_waited_for(monkeypatch, address):
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=rf"^ray\.address: .* answers at {re.escape(address)}: "):
+        cluster.start(address)
 
 
 def start_without_a_folder() -> None:
