@@ -49,6 +49,8 @@ SMALL = {  # said before a command's own words: sizes of those models, and littl
     "--corpus.block_samples 8",
 }
 SMALL["label"] = SMALL["distill"]
+COLOURS = [f"colour{number}" for number in range(12)]
+SHAPES = [f"shape{number}" for number in range(12)]
 # Commands of the walk-through's pages that it does not run, by how they begin; and why.
 NOT_RUN = {
     "promptkd index laion/": "needs a thousand shards; test_corpus.py has numbers in braces",
@@ -193,7 +195,8 @@ def home(tmp_path, monkeypatch, encoded) -> Path:
     (tmp_path / "some.jpg").write_bytes(encoded(64, 48, 1))
     names = [name.replace("_", " ") for name in names]
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
-    (tmp_path / "words.txt").write_text("\n".join([*names, "a lighthouse", "snow"]) + "\n")
+    others = (f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+    (tmp_path / "words.txt").write_text("\n".join([*names, *others]) + "\n")  # 100 are asked for
     (tmp_path / "more.txt").write_text("dandelion\nrose\n")
     (tmp_path / "keep.txt").write_text("crane machine\nrose\ndaisy\n")
     stay_in(tmp_path, monkeypatch)
