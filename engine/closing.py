@@ -30,9 +30,8 @@ def close_run(folder: Path, why: BaseException | None = None, hosts: Sequence[st
         if hurried and _telemetry_bytes(folder) > _QUICK_BYTES:
             say(f"report: `promptkd report {folder}` makes the page; it has much to read")
             return
-        from engine.report.page import (
-            write,
-        )  # with templates and Arrow, which a start has no use for
+        # With templates and Arrow, which a start has no use for.
+        from engine.report.page import write
 
         say(f"report: {write(folder, 'none' if hurried else 'all', hosts=hosts)}")
     except Exception as error:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from engine.config import UserError
 from engine.data.header import Header
+from engine.data.tables import DAMAGED
 from engine.json_text import parse_json
 
 __all__ = [
@@ -46,7 +47,6 @@ DUPLICATE = "duplicate"  # the reason of a sample whose image is an earlier one
 MOST_INDEX_BYTES = 1 << 30  # of a manifest or index from afar
 _MOST_SHARDS = 10_000_000  # of a manifest
 VERSION = 2  # of both; another one is refused
-_DAMAGED = (pa.ArrowException, OSError, LookupError, TypeError, ValueError)  # reading raises
 SAMPLES = pa.schema(
     {
         "key": pa.string(),
@@ -120,7 +120,7 @@ class ShardIndex:
             told = _told(table, SAMPLES)
             facts = Facts(**{name: value for name, value in told.items() if name != "version"})
             _check_samples(facts, table)
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise UserError(f"{where}: not a shard's index ({error}); index it again") from None
         return cls(facts, table)
 
@@ -131,7 +131,7 @@ class ShardIndex:
             data = pa.memory_map(str(path))
         except FileNotFoundError:
             raise UserError(f"{path} is missing; run `promptkd index` again") from None
-        except _DAMAGED as error:  # an empty file cannot be mapped
+        except DAMAGED as error:  # an empty file cannot be mapped
             raise UserError(f"{path}: not a shard's index ({error}); index it again") from None
         return cls.read(data, str(path))
 
@@ -237,7 +237,7 @@ def read_manifest(data: bytes, where: str, field: str) -> pa.Table:
         table = file.read()
         _told(table, _MANIFEST)
         _check_shards(table)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(
             f"{field}: {where} is not a corpus manifest ({error}); run `promptkd index` again"
         ) from None
@@ -245,7 +245,7 @@ def read_manifest(data: bytes, where: str, field: str) -> pa.Table:
 
 
 def _told(table: pa.Table, schema: pa.Schema) -> dict[str, Any]:
-    """What the metadata of a table tell; raises one of _DAMAGED where it is not sound."""
+    """What the metadata of a table tell; raises one of DAMAGED where it is not sound."""
     told = parse_json((table.schema.metadata or {})[b"promptkd"])
     if told["version"] != VERSION or not table.schema.equals(schema):
         raise ValueError("of another version")

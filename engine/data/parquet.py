@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from engine.config import UserError
 from engine.data.storage import Changed, Stat, Storage, Unreadable
+from engine.data.tables import DAMAGED
 
 __all__ = ["Cell", "Images", "cells", "image_column", "large_groups", "opened"]
 
@@ -22,7 +23,6 @@ LARGE_GROUP_BYTES = 64_000_000
 MOST_GROUP_BYTES = 4 << 30  # of images that are decoded together
 _BATCH = 64  # rows decoded at once
 _READING = (Unreadable, Changed, UserError)  # raised through the library by our own reading
-_DAMAGED = (pa.ArrowException, OSError, LookupError, TypeError, ValueError)
 _IMAGES = ("jpg", "jpeg", "png", "webp", "image", "img", "bytes")  # img2dataset, Hugging Face
 _KEYS = ("__key__", "key", "id")
 _LABELS = ("cls", "label")
@@ -64,7 +64,7 @@ def opened(storage: Storage, url: str, stat: Stat) -> pq.ParquetFile:
         return _parquet_file(storage, url, stat)
     except _READING:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(f"{url}: not a parquet file ({error})") from None
 
 
@@ -90,7 +90,7 @@ def cells(file: pq.ParquetFile, column: str, where: str) -> Iterator[Cell]:
                 row += 1
     except _READING:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(f"{where}: row {row} cannot be read ({error})") from None
 
 
@@ -138,7 +138,7 @@ class Images:
             return found
         except _READING:
             raise
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise Changed(f"{url}: cannot be decoded any more ({error})") from None
 
     def _open(self, url: str, stat: Stat) -> _Opened:
