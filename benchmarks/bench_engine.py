@@ -30,7 +30,7 @@ import torch
 from engine_runs import Rig
 from engine_setup import Size, cores
 from intervals import lines
-from meters import Meter
+from meters import Meter, in_turn
 from models import Tower
 from rows import Bench
 
@@ -103,7 +103,7 @@ class Rows:
         `serial` stands for what the two stages would come to one after the other."""
         told: dict[str, list[float]] = defaultdict(list)
         for number in range(self.rounds):
-            for side in list(sides)[:: -1 if number % 2 else 1]:
+            for side in in_turn(sides, number):
                 told[side].append(statistics.median(sides[side]()))
         if {"teacher", "student"} <= told.keys():
             pairs = zip(told["teacher"], told["student"], strict=True)

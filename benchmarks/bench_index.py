@@ -31,9 +31,9 @@ from engine.data.index import index_shard
 from engine.data.manifest import MANIFEST, write_manifest
 from engine.data.order import Blocks, Order
 from engine.data.places import Shard
-from engine.data.storage import Access, Storage
 from engine.index import index
 from engine.progress import say
+from engine.storage.ranges import Access, Storage
 
 SIZE = (500, 375)
 ROUNDS = 7

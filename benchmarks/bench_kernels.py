@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import torch
 from kernel_peers import Problem, Provider, liger, providers, why_no_liger
-from meters import Ceilings, Launched, Meter
+from meters import Ceilings, Launched, Meter, in_turn
 from rows import Bench
 from torch import Tensor
 from torch.nn import functional as F
@@ -205,7 +205,7 @@ def compare(rig: Rig, case: Case) -> dict[str, Found]:
             print(f"{case}: {name} takes no part: {told}")
     times = defaultdict(list)
     for turn in range(rig.rounds):
-        for name in list(ready)[:: -1 if turn % 2 else 1]:
+        for name in in_turn(ready, turn):
             times[name].append(meter.seconds(ready[name].call, ready[name].calls))
     found = {}
     for name, one in ready.items():

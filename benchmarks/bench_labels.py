@@ -52,6 +52,7 @@ from label_runs import (
     steps,
     teacher_alone,
 )
+from meters import in_turn
 from rows import Bench
 
 from engine.config import RunConfig
@@ -68,9 +69,8 @@ class Rounds:
         self._values: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
 
     def in_turns(self, sides: dict[str, Callable[[], Any]], number: int) -> dict[str, Any]:
-        """What the sides of a comparison give; odd rounds go backwards."""
-        order = list(sides) if number % 2 == 0 else list(sides)[::-1]
-        return {side: sides[side]() for side in order}
+        """What the sides of a comparison give."""
+        return {side: sides[side]() for side in in_turn(sides, number)}
 
     def add(self, case: str, side: str, metric: str, unit: str, value: float) -> None:
         self._values[case, side, metric, unit].append(value)

@@ -4,18 +4,19 @@ import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Ceilings", "Launched", "Meter", "micros", "resident_bytes"]
+__all__ = ["Ceilings", "Launched", "Meter", "in_turn", "micros", "resident_bytes"]
 
 Call = Callable[[], object]
+T = TypeVar("T")
 _L2 = 2**28  # bytes, several times any L2
 _LEAST_S, _MOST_CALLS = 0.02, 50
 
@@ -131,6 +132,12 @@ def _wall(call: Call, calls: int) -> list[float]:
         call()
         found.append(time.perf_counter() - start)
     return found
+
+
+def in_turn(sides: Iterable[T], number: int) -> list[T]:
+    """The sides of a comparison, as round `number` goes through them: odd ones backwards, so that
+    what drifts meanwhile strikes all alike."""
+    return list(sides)[:: -1 if number % 2 else 1]
 
 
 def micros(call: Call) -> float:

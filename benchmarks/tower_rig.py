@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from meters import Meter
+from meters import Meter, in_turn
 from rows import Bench
 
 from engine.clip.towers import DTYPES
@@ -138,7 +138,7 @@ def compare(
             why = f"{type(error).__name__}: {str(error)[:500]}"
             print(f"{case}: {name} takes no part: {why}", flush=True)
     for turn in range(rounds or rig.plan.rounds):
-        for name in list(found)[:: -1 if turn % 2 else 1]:
+        for name in in_turn(found, turn):
             rig.measure(found[name])
     for name in found:
         _add(rig, case, name, works, found, config, base)

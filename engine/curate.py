@@ -8,7 +8,6 @@ import torch
 from engine import durable
 from engine.clip.class_vectors import ClassVectors
 from engine.config import UserError
-from engine.data.access import Access
 from engine.data.corpus import Corpus
 from engine.data.order import Blocks
 from engine.data.sample_list import write_list
@@ -21,6 +20,7 @@ from engine.labels.labelling import Labelling
 from engine.labels.store import Store
 from engine.labels.target_files import Name
 from engine.progress import say
+from engine.storage.access import Access
 
 __all__ = ["make_list", "open_corpus"]
 

@@ -29,8 +29,8 @@ from engine.data.manifest import (
     write_manifest,
 )
 from engine.data.places import Shard, find_shards
-from engine.data.storage import Access, Stat, Storage
 from engine.progress import track
+from engine.storage.ranges import Access, Stat, Storage
 
 __all__ = ["Report", "index"]
 

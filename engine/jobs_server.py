@@ -10,8 +10,8 @@ import urllib.request
 from urllib.parse import urlsplit
 
 from engine.config import UserError
-from engine.data.access import literal_address
 from engine.progress import say
+from engine.storage.access import literal_address
 
 __all__ = ["jobs_address", "require_authentication"]
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-__all__ = ["MOST_BYTES", "parse_json"]
+__all__ = ["MOST_BYTES", "parse_json", "parse_object"]
 
 MOST_BYTES = 64 << 20  # a million class names
 
@@ -17,3 +17,12 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The fields of the object that a text holds. Raises ValueError as parse_json() does, and for
+    anything that is no object."""
+    told = parse_json(text)
+    if not isinstance(told, dict):
+        raise ValueError("it holds no object")
+    return told

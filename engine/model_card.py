@@ -18,7 +18,7 @@ from engine.clip.bundle import Bundle
 from engine.clip.class_vectors import ClassVectors
 from engine.clip.weights import LOCAL, hub_model
 from engine.config import UserError
-from engine.json_text import parse_json
+from engine.json_text import parse_object
 
 __all__ = ["CARD", "Format", "Run", "code", "model_card", "run_of", "write"]
 
@@ -57,12 +57,9 @@ def run_of(file: Path, bundle: Bundle) -> Run | str:
 
 def _object(file: Path) -> dict[str, Any]:
     try:
-        told = parse_json(file.read_bytes())
+        return parse_object(file.read_bytes())
     except ValueError as error:
         raise UserError(f"bundle: {file} is damaged: {error}") from None
-    if not isinstance(told, dict):
-        raise UserError(f"bundle: {file} is damaged: it holds no object")
-    return told
 
 
 def model_card(bundle: Bundle, run: Run | str, format: Format, name: str) -> str:

@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 
 from engine.config import RunConfig, UserError
 from engine.config_pretrain import PretrainConfig
-from engine.json_text import parse_json
+from engine.json_text import parse_object
 from engine.parse_unknown import no_longer, unknown
 
 __all__ = ["Flat", "Positional", "parse"]
@@ -97,13 +97,11 @@ def _file_flags(file: str, schema: type, prog: str) -> Iterator[str]:
     """A file's fields as flags. Raises UserError, naming the file and each field that is wrong."""
     try:
         text = Path(file).read_text()
-        tree = parse_json(text) if file.endswith(".json") else tomllib.loads(text)
+        tree = parse_object(text) if file.endswith(".json") else tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (ValueError, OSError) as error:  # of either format, or of the file
         raise UserError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: holds no fields")
     types = dict(_types(schema))
     stages = {one: dict(_types(fields)) for one, fields in _STAGES.items() if one != prog}
     leaves = dict(_leaves(tree))

@@ -20,9 +20,9 @@ from engine.data.corpus import Corpus
 from engine.data.decode import Decoder
 from engine.data.loader import Loader, Work
 from engine.data.shots import Shots, choose
-from engine.data.storage import Access
 from engine.data.views import ViewPolicy
 from engine.progress import Watch, say
+from engine.storage.ranges import Access
 from engine.telemetry import Recorder
 from engine.train.evaluate import Model, Score, evaluate, zero_shot
 from engine.train.ledger import Ledger

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from engine.config import Range, Section, UserError
-from engine.json_text import parse_json
+from engine.json_text import parse_object
 
 __all__ = ["PEAK_TFLOPS", "Rates", "from_peak", "gathered", "label_bytes", "measured", "roofline"]
 
@@ -136,11 +136,8 @@ def _rates(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, f
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        tree = parse_json(file.read_text())
+        return parse_object(file.read_text())
     except FileNotFoundError:
         raise UserError(f"from: {file}: no such file; is its run finished?") from None
     except (ValueError, OSError) as error:
         raise UserError(f"from: {file}: cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"from: {file}: holds no fields")
-    return tree

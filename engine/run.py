@@ -10,29 +10,33 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import torch
-
-from engine import cluster, lease, run_folder
-from engine.announce import placement, recipe
-from engine.clip.class_vectors import ClassVectors, encode_classes
-from engine.clip.names import read_names
-from engine.clip.templates import read_templates
-from engine.clip.towers import Clip, load_clip
-from engine.closing import close_run
+from engine import lease
 from engine.config import RunConfig, RunFailed, UserError, absolute
-from engine.labels.scaling import Pool
-from engine.outcome import Outcome, Summary, outcome_of, write_ledger
-from engine.preflight import check
+from engine.imports import uncollected
 from engine.progress import Watch, say
 from engine.signals import Signals
-from engine.staff import arranged
 from engine.telemetry import Recorder
 from engine.together import check_together
-from engine.track.tracking import Tracking, require_installed
-from engine.train import checkpoint, checkpoint_copy
-from engine.train.gang import allow_silence
-from engine.train.identity import Identity
-from engine.train.worker import Task
+
+with uncollected():
+    import torch
+
+    from engine import cluster, run_folder
+    from engine.announce import placement, recipe
+    from engine.clip.class_vectors import ClassVectors, encode_classes
+    from engine.clip.names import read_names
+    from engine.clip.templates import read_templates
+    from engine.clip.towers import Clip, load_clip
+    from engine.closing import close_run
+    from engine.labels.scaling import Pool
+    from engine.outcome import Outcome, Summary, outcome_of, write_ledger
+    from engine.preflight import check
+    from engine.staff import arranged
+    from engine.track.tracking import Tracking, require_installed
+    from engine.train import checkpoint, checkpoint_copy
+    from engine.train.gang import allow_silence
+    from engine.train.identity import Identity
+    from engine.train.worker import Task
 
 __all__ = ["distill", "distill_students"]
 

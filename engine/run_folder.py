@@ -16,7 +16,7 @@ from typing import Any
 
 from engine import durable
 from engine.config import Run, RunConfig, UserError, absolute, to_dict
-from engine.json_text import parse_json
+from engine.json_text import parse_object
 from engine.telemetry import gpu
 from engine.train.identity import Identity
 
@@ -163,11 +163,8 @@ def write(path: Path, value: Any) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = parse_json(path.read_bytes())
+        return parse_object(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"name: {path} is missing: that run cannot be gone on with") from None
     except ValueError as error:
         raise UserError(f"name: {path} is damaged: {error}") from None
-    if not isinstance(told, dict):
-        raise UserError(f"name: {path} is damaged: it holds no object")
-    return told

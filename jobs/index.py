@@ -46,8 +46,8 @@ def main(args: Sequence[str]) -> None:
     if "://" in config.out:
         raise UserError("out: name a local folder; it may be copied to where the shards lie")
     from engine.data.index import BESIDE
-    from engine.data.storage import Access
     from engine.index import index
+    from engine.storage.ranges import Access
 
     report = index(
         config.shards,

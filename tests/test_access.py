@@ -6,7 +6,7 @@ import re
 import pytest
 
 from engine.config import UserError
-from engine.data.access import (
+from engine.storage.access import (
     Access,
     Unreadable,
     check_url,

@@ -14,8 +14,8 @@ import pytest
 from servers import Answering, serving
 
 from engine.config import UserError
-from engine.data import storage as storage_module
-from engine.data.storage import Access, Changed, Stat, Storage, Unreadable
+from engine.storage import ranges
+from engine.storage.ranges import Access, Changed, Stat, Storage, Unreadable
 
 DATA = random.Random(1).randbytes(2_000_000)
 
@@ -89,7 +89,7 @@ def server():
 
 @pytest.fixture
 def storage(monkeypatch):
-    monkeypatch.setattr(storage_module, "PAUSE_S", (0.01, 0.1))
+    monkeypatch.setattr(ranges, "PAUSE_S", (0.01, 0.1))
     opened = Storage(Access(timeout_s=2.0, retries=2))
     yield opened
     opened.close()
@@ -116,13 +116,13 @@ def test_a_bucket_is_listed(s3, storage):
 
 
 def test_a_bucket_is_read_in_pieces(s3, storage, monkeypatch):
-    monkeypatch.setattr(storage_module, "PIECE", 700_000)
+    monkeypatch.setattr(ranges, "PIECE", 700_000)
     url = "s3://shards/a/1.tar"
     known = storage.stat(url)
     assert known == Stat(len(DATA), f'"{md5(DATA).hexdigest()}"')
     assert storage.read(url, 10, 1_900_000, known) == DATA[10:1_900_000]
-    ranges = [asked for _, _, asked in s3.asked if asked]
-    assert ranges == ["bytes=10-700009", "bytes=700010-1400009", "bytes=1400010-1899999"]
+    spans = [asked for _, _, asked in s3.asked if asked]
+    assert spans == ["bytes=10-700009", "bytes=700010-1400009", "bytes=1400010-1899999"]
     assert storage.bytes_read == 1_899_990 and storage.retried == 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.cache import BlockCache
+from engine.storage.cache import BlockCache
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +110,7 @@ def test_a_lost_or_wrong_sum_is_mended(tmp_path):
 HAMMER = """
 import random, sys, time
 from test_cache import block
-from engine.data.cache import BlockCache
+from engine.storage.cache import BlockCache
 folder, seed = sys.argv[1:]
 cache, draw, hits = BlockCache(folder, 200_000), random.Random(seed), 0
 until = time.monotonic() + 2.5
@@ -171,7 +171,7 @@ def test_threads_share_a_cache(tmp_path):
 FILL = """
 import sys
 from test_cache import block
-from engine.data.cache import BlockCache
+from engine.storage.cache import BlockCache
 cache = BlockCache(sys.argv[1], 10**8)
 for key in range(40):
     cache.put(str(key), block(str(key), 50_000))

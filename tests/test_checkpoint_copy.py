@@ -22,7 +22,7 @@ from workers import config_of, losses, models
 from engine import run_folder
 from engine.clip.bundle import Bundle
 from engine.config import RunConfig, UserError, to_dict
-from engine.labels.folder import Folder, open_folder
+from engine.storage.folder import Folder, open_folder
 from engine.train import checkpoint, rollback
 from engine.train.checkpoint import Saver, Unsound
 from engine.train.checkpoint_copy import CheckpointCopy, copy_of, prepare, restored
@@ -70,7 +70,7 @@ def lose(told: RunConfig) -> RunConfig:
 def copied(where: str) -> dict[int, list[str]]:
     """By step, the names of its files."""
     found: dict[int, list[str]] = {}
-    for name in open_folder(f"{where}/run", "x").sizes(""):
+    for name, _ in open_folder(f"{where}/run", "x").files(""):
         if name.startswith("step-"):
             folder, _, file = name.partition("/")
             found.setdefault(int(folder.removeprefix("step-")), []).append(file)
@@ -399,7 +399,7 @@ def test_a_new_run_meets_no_other_in_its_copy(where, tmp_path):
     prepare(dataclasses.replace(new, overwrite=True), resume=False)
     copy_of(where, new.folder).clear()
     prepare(new, resume=False)
-    assert open_folder(f"{where}/run", "x").sizes("") == {}
+    assert [*open_folder(f"{where}/run", "x").files("")] == []
 
 
 def test_what_is_no_run_is_not_gone_on_with(tmp_path):

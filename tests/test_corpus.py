@@ -19,8 +19,8 @@ from engine.data import corpus as corpus_module
 from engine.data import parquet
 from engine.data.corpus import Corpus
 from engine.data.manifest import MANIFEST
-from engine.data.storage import Access, Storage
 from engine.index import index as index_into
+from engine.storage.ranges import Access, Storage
 
 
 @pytest.fixture

@@ -8,16 +8,16 @@ from recordings import assert_same, labelling, rows, targets
 
 from engine.config import UserError
 from engine.data.order import Blocks
-from engine.labels.folder import open_folder
 from engine.labels.store import Store
 from engine.labels.targets import BlockView
 from engine.labels.upkeep import checked, holdings, needless
+from engine.storage.folder import open_folder
 from jobs import cli
 
 
 def test_all_kinds_of_folder_do_the_same(where):
     folder = open_folder(where, "x")
-    assert folder.entries("") == [] and folder.sizes("") == {} and folder.broken_off("", 0) == []
+    assert folder.entries("") == [] and [*folder.files("")] == [] and folder.broken_off("", 0) == []
     with pytest.raises(FileNotFoundError):
         folder.read("a/b")
     assert folder.write("a/b", b"hello", replace=False)
@@ -27,9 +27,19 @@ def test_all_kinds_of_folder_do_the_same(where):
     assert folder.read("a/b", 3) == b"oth" and folder.read("a/b", 99) == b"others"
     again = open_folder(where + "/", "x")
     assert again.entries("") == ["a", "e"] and again.entries("a") == ["b", "c"]
-    assert again.sizes("a") == {"a/b": 6, "a/c/d": 0}
+    assert dict(again.files("a")) == {"a/b": 6, "a/c/d": 0}
     folder.remove("a/c/d")
-    assert again.sizes("") == {"a/b": 6, "e": 1}
+    assert dict(again.files("")) == {"a/b": 6, "e": 1}
+
+
+def test_files_are_listed_a_folder_at_a_time(where):
+    folder = open_folder(where, "x")
+    for name in ("a/1", "a/2", "b/1", "c/d/1"):
+        folder.write(name, b"12", replace=False)
+    files = folder.files("")
+    assert next(files) == ("a/1", 2)
+    folder.remove("b/1")
+    assert [*files] == [("a/2", 2), ("c/d/1", 2)]
 
 
 def test_a_store_is_kept_in_any(where, capsys):
@@ -48,7 +58,7 @@ def test_a_store_is_kept_in_any(where, capsys):
     assert {why for _, why in needless(store, [])} == {"superseded"}
     assert cli.main(["store", "gc", where]) == 0
     assert "2 files removed" in capsys.readouterr().out
-    assert len(store.folder.sizes("")) == 2 and ours.missing(0, blocks) == 1
+    assert len([*store.folder.files("")]) == 2 and ours.missing(0, blocks) == 1
     assert ours.recording and ours.damaged == 0
 
 

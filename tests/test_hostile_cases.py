@@ -34,16 +34,15 @@ from engine.data.batches import training_works
 from engine.data.corpus import Corpus, Sample
 from engine.data.datasets import read_dataset
 from engine.data.decode import Decoder
-from engine.data.index import digest
 from engine.data.loader import FAILURES, Loader
-from engine.data.manifest import MANIFEST, ShardIndex, write_manifest
+from engine.data.manifest import MANIFEST, ShardIndex, digest, write_manifest
 from engine.data.order import Blocks, Order
-from engine.data.storage import Access, Changed, Storage
 from engine.data.views import TEST_VIEW, ViewPolicy
 from engine.index import index
-from engine.json_text import MOST_BYTES, parse_json
+from engine.json_text import MOST_BYTES, parse_json, parse_object
 from engine.labels.labelling import Labelling
 from engine.labels.target_files import Damaged, samples_in
+from engine.storage.ranges import Access, Changed, Storage
 from engine.telemetry import Recorder
 from engine.tensor_files import open_tensors, write_tensors
 from engine.train.ledger import Ledger
@@ -478,6 +477,9 @@ def test_json_of_others_ends_in_a_value_or_an_error_of_value():
             parse_json(text)
     with pytest.raises(ValueError, match="more than"):
         parse_json(b" " * (MOST_BYTES + 1))
+    for text in ("[1]", "null", '"{}"'):
+        with pytest.raises(ValueError, match="holds no object"):
+            parse_object(text)
 
 
 def test_labels_of_others_are_damaged_and_no_more():

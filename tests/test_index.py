@@ -22,7 +22,7 @@ from engine.data.corpus import Corpus
 from engine.data.index import BESIDE, Indexed, index_shard
 from engine.data.manifest import MANIFEST, VERSION, ShardIndex
 from engine.data.places import Shard, find_shards
-from engine.data.storage import Access, Storage
+from engine.storage.ranges import Access, Storage
 
 
 def indexed(path: Path, image: str = "") -> ShardIndex:

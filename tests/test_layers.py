@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("engine.durable", "engine.live"),
+    ("engine.durable", "engine.imports", "engine.live"),
     (
         "engine.config",
         "engine.telemetry",
@@ -16,6 +16,7 @@ FLOORS = (
         "engine.json_text",
         "kernels",
     ),
+    ("engine.storage",),
     ("engine.data", "engine.lease", "engine.parse"),
     ("engine.clip",),  # a bundle predicts on images, which it has decoded
     ("engine.labels",),
@@ -39,13 +40,13 @@ PLACES = {
     "nvidia": ("engine/data/dali.py", "engine/data/decode.py"),
     "webdataset": ("engine/data/shards.py", "engine/data/index.py"),
     "fsspec": (
-        "engine/data/storage.py",
-        "engine/data/web.py",
-        "engine/data/bucket.py",
-        "engine/labels/folder.py",
+        "engine/storage/ranges.py",
+        "engine/storage/web.py",
+        "engine/storage/bucket.py",
+        "engine/storage/folder.py",
     ),
-    "aiohttp": ("engine/data/web.py", "engine/ray_jobs.py"),
-    "yarl": ("engine/data/web.py",),
+    "aiohttp": ("engine/storage/web.py", "engine/ray_jobs.py"),
+    "yarl": ("engine/storage/web.py",),
     "tyro": ("engine/parse.py",),
     "rich": ("engine/progress.py", "engine/live.py"),
     "matplotlib": ("engine/plots.py",),

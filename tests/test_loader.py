@@ -17,8 +17,8 @@ from engine.data.corpus import Corpus, Sample
 from engine.data.decode import Decoder
 from engine.data.loader import Loader, Work, _Shelf
 from engine.data.order import Blocks, Order, Share
-from engine.data.storage import Access, Storage
 from engine.data.views import ViewPolicy
+from engine.storage.ranges import Access, Storage
 from engine.telemetry import Stopwatch
 
 POLICY = ViewPolicy(seed=3, pixels=16)

@@ -303,7 +303,9 @@ def test_the_oldest_blocks_go_as_parts(ours, corpus):
         found = teacher.targets(batch)
         assembly.add(batch.work, found.valid_B, found.form, found.values_BX)
     assembly.close()
-    names = sorted(f.rpartition("/")[2] for f in Store(ours.where).folder.sizes(ours.fingerprint))
+    names = sorted(
+        f.rpartition("/")[2] for f, _ in Store(ours.where).folder.files(ours.fingerprint)
+    )
     assert [name[:15] for name in names[:3]] == [
         "000000000.00002",
         "000000000.00002",

@@ -11,10 +11,10 @@ import pytest
 from servers import begin_range
 
 from engine.config import UserError
-from engine.data import storage as storage_module
 from engine.data.corpus import Corpus
-from engine.data.storage import Access
 from engine.index import index
+from engine.storage import ranges
+from engine.storage.ranges import Access
 
 
 class Server:
@@ -66,7 +66,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(corpus_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage_module, "PAUSE_S", (0.001, 0.01))
+    monkeypatch.setattr(ranges, "PAUSE_S", (0.001, 0.01))
     folder = tmp_path / "served"
     folder.mkdir()
     for shard in corpus_folder.glob("*.tar"):

@@ -16,8 +16,8 @@ import pytest
 from servers import serving
 
 from engine.config import UserError
-from engine.data import storage as storage_module
-from engine.data.storage import Access, Changed, Stat, Storage, Unreadable
+from engine.storage import ranges
+from engine.storage.ranges import Access, Changed, Stat, Storage, Unreadable
 
 DATA = random.Random(0).randbytes(3_000_000)
 FILE = Stat(len(DATA), '"v1"')
@@ -153,7 +153,7 @@ def server():
 @pytest.fixture
 def open_storage(server, monkeypatch):
     """open_storage(**access): a Storage that may reach the server, and does not wait long."""
-    monkeypatch.setattr(storage_module, "PAUSE_S", (0.01, 0.5))
+    monkeypatch.setattr(ranges, "PAUSE_S", (0.01, 0.5))
     opened = []
 
     def open_(**access) -> Storage:
@@ -179,7 +179,7 @@ def test_a_range_is_read_exactly(server, open_storage):
 
 
 def test_long_ranges_come_in_pieces_in_order(server, open_storage, monkeypatch):
-    monkeypatch.setattr(storage_module, "PIECE", 1_000_000)
+    monkeypatch.setattr(ranges, "PIECE", 1_000_000)
     server.faults = ["", "truncated 600000", ""]
     assert open_storage().read(server.url, 10, 2_500_000, FILE) == DATA[10:2_500_000]
     assert server.served[0] == (10, 1_000_010)
@@ -253,7 +253,7 @@ def test_a_server_may_say_how_long_to_wait(server, open_storage, monkeypatch):
     began = time.monotonic()
     storage.read(server.url, 0, 10, FILE)
     assert 0.45 < time.monotonic() - began < 10  # at most the longest pause
-    monkeypatch.setattr(storage_module, "PAUSE_S", (0.01, 50.0))
+    monkeypatch.setattr(ranges, "PAUSE_S", (0.01, 50.0))
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
     server.faults = [f"status 429 {soon}"]
     began = time.monotonic()
@@ -262,7 +262,7 @@ def test_a_server_may_say_how_long_to_wait(server, open_storage, monkeypatch):
 
 
 def test_closing_ends_a_pause_and_a_stall(server, open_storage, monkeypatch):
-    monkeypatch.setattr(storage_module, "PAUSE_S", (60.0, 60.0))
+    monkeypatch.setattr(ranges, "PAUSE_S", (60.0, 60.0))
     for fault in ("status 500", "stall 10"):
         server.always = fault
         storage = open_storage(timeout_s=60.0)
@@ -428,10 +428,10 @@ def test_a_server_that_is_away_is_tried_again(open_storage):
 def test_threads_read_at_once(server, open_storage):
     storage = open_storage()
     server.faults = ["truncated 1000", "reset 10", "", "status 503"] * 5
-    ranges = [(i * 40_000, i * 40_000 + 60_000) for i in range(60)]
+    spans = [(i * 40_000, i * 40_000 + 60_000) for i in range(60)]
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda r: storage.read(server.url, *r, FILE), ranges))
-    assert got == [DATA[low:high] for low, high in ranges]
+        got = list(pool.map(lambda r: storage.read(server.url, *r, FILE), spans))
+    assert got == [DATA[low:high] for low, high in spans]
     assert storage.bytes_read == 60 * 60_000 and storage.retried == 15
 
 
@@ -457,9 +457,9 @@ def test_local_files_are_read_directly(tmp_path):
     assert known == Stat(len(DATA), str(path.stat().st_mtime_ns)) == storage.stat(f"file://{path}")
     open_files = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(4) as pool:
-        ranges = [(i * 1000, i * 1000 + 5000) for i in range(500)]
-        got = list(pool.map(lambda r: storage.read(str(path), *r, known), ranges))
-    assert got == [DATA[low:high] for low, high in ranges]
+        spans = [(i * 1000, i * 1000 + 5000) for i in range(500)]
+        got = list(pool.map(lambda r: storage.read(str(path), *r, known), spans))
+    assert got == [DATA[low:high] for low, high in spans]
     with pytest.raises(Unreadable, match="ends at byte 3000000"):
         storage.read(f"file://{path}", 0, 3_000_001)
     os.utime(path, (1, 1))

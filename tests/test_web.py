@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from servers import serving
 
-from engine.data.storage import Access, Storage, Unreadable
+from engine.storage.ranges import Access, Storage, Unreadable
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +66,7 @@ def test_a_certificate_that_is_not_trusted_is_final(server):
 
 READ = """
 import sys
-from engine.data.storage import Access, Stat, Storage, Unreadable
+from engine.storage.ranges import Access, Stat, Storage, Unreadable
 storage = Storage(Access(hosts=(sys.argv[1],)))
 assert storage.read(f"https://{sys.argv[1]}/a.tar", 0, 4, Stat(4, "")) == b"data"
 try:

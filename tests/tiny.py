@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from engine.data.index import index_shard
 from engine.data.places import Shard
-from engine.data.storage import Access, Storage
+from engine.storage.ranges import Access, Storage
 
 torch.set_num_threads(1)  # threads of models this small do little but wait for each other
 

@@ -18,14 +18,13 @@ import pyarrow as pa
 
 from engine.config import CorpusConfig, UserError
 from engine.data.header import BadImage, Header, read_header
-from engine.data.index import digest
-from engine.data.manifest import MOST_INDEX_BYTES, Entry, ShardIndex
+from engine.data.manifest import MOST_INDEX_BYTES, Entry, ShardIndex, digest
 from engine.data.opening import open_manifest
 from engine.data.order import Blocks
 from engine.data.parquet import Images
 from engine.data.sample_list import SampleList, read_list
-from engine.data.storage import Access, Changed, Stat, Storage
 from engine.progress import say
+from engine.storage.ranges import Access, Changed, Stat, Storage
 
 if TYPE_CHECKING:
     from engine.data.loader import Batch

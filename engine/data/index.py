@@ -7,29 +7,26 @@ written too; one that is there already tells how many samples the shard should h
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
 import pyarrow as pa
-import xxhash
 from webdataset.tariterators import base_plus_ext
 
 from engine.config import UserError
 from engine.data import parquet
 from engine.data.header import BadImage, read_header
-from engine.data.manifest import FORMATS, SAMPLES, Facts, ShardIndex
+from engine.data.manifest import FORMATS, SAMPLES, Facts, ShardIndex, digest
 from engine.data.places import Shard, is_image
-from engine.data.storage import PIECE, Stat, Storage, Unreadable
 from engine.data.tar import MAX_MEMBER_BYTES, Walk
 from engine.json_text import parse_json
+from engine.storage.ranges import PIECE, Stat, Storage, Unreadable
 
-__all__ = ["BESIDE", "Indexed", "digest", "index_shard"]
+__all__ = ["BESIDE", "Indexed", "index_shard"]
 
 BESIDE = "images beside the first of their sample"  # a note
 _LABEL_BYTES = 12  # at most
 _WDS2IDX = "v1.2"
 _MOST_SAMPLES = 10**12  # that an index or a record of others may tell of
-digest: Callable[[bytes | memoryview], int] = xxhash.xxh3_64_intdigest
 
 
 class Indexed(NamedTuple):

@@ -35,7 +35,7 @@ from engine.config import CorpusConfig
 from engine.data.corpus import Sample
 from engine.data.decode import Decoder, refusal
 from engine.data.header import Header
-from engine.data.index import digest
+from engine.data.manifest import digest
 from engine.data.views import ViewPolicy
 from engine.progress import say
 

@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from engine.config import UserError
 from engine.data.header import Header
@@ -34,6 +35,7 @@ __all__ = [
     "Entry",
     "Facts",
     "ShardIndex",
+    "digest",
     "left_out",
     "read_manifest",
     "write_file",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 MANIFEST = "corpus.parquet"
+digest: Callable[[bytes | memoryview], int] = xxhash.xxh3_64_intdigest  # of an image
 FORMATS = ("jpg", "png", "webp")
 KINDS = ("tar", "parquet", "files")
 DUPLICATE = "duplicate"  # the reason of a sample whose image is an earlier one

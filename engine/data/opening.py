@@ -9,10 +9,10 @@ from itertools import groupby
 import pyarrow as pa
 
 from engine.config import UserError
-from engine.data.access import scheme
 from engine.data.manifest import MANIFEST, MOST_INDEX_BYTES, read_manifest
 from engine.data.places import kind_of, named, shards_in
-from engine.data.storage import Storage
+from engine.storage.access import scheme
+from engine.storage.ranges import Storage
 
 __all__ = ["open_manifest"]
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.config import UserError
-from engine.data.storage import Changed, Stat, Storage, Unreadable
 from engine.data.tables import DAMAGED
+from engine.storage.ranges import Changed, Stat, Storage, Unreadable
 
 __all__ = ["Cell", "Images", "cells", "image_column", "large_groups", "opened"]
 

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from braceexpand import braceexpand
 
 from engine.config import CorpusConfig, UserError
-from engine.data.access import Access, Unreadable, literal_address, require_public, scheme, shown
-from engine.data.storage import Storage, check_url
+from engine.storage.access import Access, Unreadable, literal_address, require_public, scheme, shown
+from engine.storage.ranges import Storage, check_url
 
 __all__ = ["Shard", "check_places", "find_shards", "is_image", "kind_of", "named", "shards_in"]
 

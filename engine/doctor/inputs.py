@@ -18,9 +18,9 @@ def corpus(
     field: str, where: str, block_samples: int, hosts: list[str], timeout_s: float
 ) -> Iterator[Finding]:
     """Opens the manifest, and reads the first, the middle and the last block."""
-    from engine.data.access import Access
     from engine.data.corpus import Corpus
     from engine.progress import hand_over
+    from engine.storage.access import Access
 
     said: list[str] = []
     hand_over(said.append)  # of a shard that cannot be read, it is said why

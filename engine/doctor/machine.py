@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from engine import durable
 from engine.config import UserError
-from engine.data.access import Access, Unreadable, require_public
 from engine.doctor.apart import Finding
+from engine.storage.access import Access, Unreadable, require_public
 
 __all__ = ["clock", "disks", "kernels", "open_files", "packages", "python", "shared_memory", "skew"]
 

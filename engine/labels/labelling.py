@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from typing import Any
 
-from engine.json_text import parse_json
+from engine.json_text import parse_object
 
 __all__ = ["Labelling"]
 
@@ -42,9 +42,8 @@ class Labelling:
     @classmethod
     def from_json(cls, text: str) -> "Labelling":
         """Raises ValueError for anything but what to_json() gave."""
-        told: Any = parse_json(text)
-        names = {field.name for field in fields(cls)}
-        if not isinstance(told, dict) or told.keys() != names:
+        told = parse_object(text)
+        if told.keys() != {field.name for field in fields(cls)}:
             raise ValueError("describes no labelling")
         columns: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in told.items()

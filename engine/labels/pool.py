@@ -12,16 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-import torch
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.config import TeacherConfig, share_of
-from engine.labels.assignment import Assignment, labeller_of
+from engine.imports import uncollected
 from engine.labels.statements import Statement
-from engine.labels.targets import BlockView, SoftTargets
 from engine.progress import hand_over
 from engine.telemetry import GpuSampler
+
+with uncollected():
+    import torch
+
+    from engine.labels.assignment import Assignment, labeller_of
+    from engine.labels.targets import BlockView, SoftTargets
 
 __all__ = ["TeacherActor", "start_teacher"]
 

@@ -17,6 +17,7 @@ from engine.labels.recorded import RecordedSource
 from engine.labels.store import Recorded, Store
 from engine.labels.targets import TargetSource
 from engine.labels.teacher import Team
+from engine.progress import track
 
 if TYPE_CHECKING:
     from engine.labels.stream import StreamSource
@@ -79,7 +80,7 @@ def missing_blocks(
     shards = corpora["shards"]
     missing = {
         view: recorded["shards"].missing(view, shards.blocks, shards.listed)
-        for view in range(config.views)
+        for view in track(range(config.views), "looking for recorded labels")
     }
     if "evaluation" in recorded:
         blocks = corpora["evaluation"].blocks

@@ -13,11 +13,11 @@ import numpy as np
 from engine.config import UserError
 from engine.data.order import Blocks
 from engine.data.sample_list import SampleList
-from engine.labels.folder import Folder, open_folder
 from engine.labels.labelling import Labelling
 from engine.labels.target_files import Damaged, Name, decode, encode, folder_of
 from engine.labels.targets import BlockView, Form, SoftTargets, finite
 from engine.progress import say
+from engine.storage.folder import Folder, open_folder
 
 __all__ = ["LABELLING", "Recorded", "Store"]
 
@@ -144,19 +144,18 @@ class Recorded:
         """Blocks of the corpus whose view is not there as a whole; or, of those that hold listed
         samples, not for all of these. Lists all names, and reads parts of blocks alone. Raises
         UserError where the store cannot be listed."""
-        try:
-            sizes = self._folder.sizes(f"{self.fingerprint}/{folder_of(view)}")
-        except OSError as error:
-            raise UserError(f"targets.store: {self.where} cannot be listed: {error}") from None
         whole = np.zeros(len(blocks), bool)
         parts: dict[int, list[Name]] = defaultdict(list)
-        for file, size in sizes.items():
-            name = Name.parse(file)
-            if name and size and name.block < len(blocks) and name not in self._bad:
-                if name.samples is None:
-                    whole[name.block] = True
-                else:
-                    parts[name.block].append(name)
+        try:
+            for file, size in self._folder.files(f"{self.fingerprint}/{folder_of(view)}"):
+                name = Name.parse(file)
+                if name and size and name.block < len(whole) and name not in self._bad:
+                    if name.samples is None:
+                        whole[name.block] = True
+                    else:
+                        parts[name.block].append(name)
+        except OSError as error:
+            raise UserError(f"targets.store: {self.where} cannot be listed: {error}") from None
         for block, names in parts.items():
             if not whole[block] and (listed is None or listed.counts[block]):
                 needed = listed.offsets(block) if listed else None

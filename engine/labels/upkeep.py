@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from engine.config import UserError
-from engine.labels.folder import Folder
 from engine.labels.store import LABELLING, Store
 from engine.labels.target_files import HEAD_BYTES, Damaged, Name, decode, samples_in
+from engine.storage.folder import Folder
 
 __all__ = ["Holding", "checked", "holdings", "needless"]
 
@@ -30,15 +30,15 @@ class Holding:
 
 def holdings(store: Store, fingerprint: str) -> list[Holding]:
     """By view. Reads the head of every file; a damaged one has bytes, and no images."""
-    files = _files(store.folder, fingerprint)
-    sizes = store.folder.sizes(fingerprint)
+    sizes = dict(store.folder.files(fingerprint))
+    files = _named(sizes)
     whole = {(name.view, name.block) for name in files if name.samples is None}
     views: dict[int, Holding] = {}
     with ThreadPoolExecutor(_READERS) as readers:
         counts = readers.map(partial(_samples, store.folder), files.values())
         for (name, file), samples in zip(files.items(), counts, strict=True):
             holding = views.setdefault(name.view, Holding(name.view))
-            holding.bytes += sizes.get(file, 0)
+            holding.bytes += sizes[file]
             if name.samples is None:
                 holding.blocks += 1
                 holding.images += samples
@@ -68,9 +68,9 @@ def needless(store: Store, keep: Iterable[str]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for fingerprint in known:
         if kept and fingerprint not in kept:
-            inside = store.folder.sizes(fingerprint).keys() - {f"{fingerprint}/{LABELLING}"}
-            names = [*sorted(inside), f"{fingerprint}/{LABELLING}"]
-            found += ((name, "not to be kept") for name in names)
+            inside = {name for name, _ in store.folder.files(fingerprint)}
+            last = f"{fingerprint}/{LABELLING}"
+            found += ((name, "not to be kept") for name in [*sorted(inside - {last}), last])
         else:
             found += ((name, "superseded") for name in _superseded(store.folder, fingerprint))
         left = store.folder.broken_off(fingerprint, _ABANDONED_S)
@@ -80,8 +80,12 @@ def needless(store: Store, keep: Iterable[str]) -> list[tuple[str, str]]:
 
 def _files(folder: Folder, fingerprint: str) -> dict[Name, str]:
     """Files of soft targets by what their names say."""
-    named = ((Name.parse(file), file) for file in folder.sizes(fingerprint))
-    return {name: file for name, file in named if name}
+    return _named(file for file, _ in folder.files(fingerprint))
+
+
+def _named(files: Iterable[str]) -> dict[Name, str]:
+    told = ((Name.parse(file), file) for file in files)
+    return {name: file for name, file in told if name}
 
 
 def _samples(folder: Folder, file: str) -> int:

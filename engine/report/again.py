@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from engine.data.access import public
+from engine.storage.access import public
 
 __all__ = ["command", "toml"]
 

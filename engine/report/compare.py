@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from engine import durable
 from engine.config import UserError
-from engine.data.access import public
 from engine.progress import say
 from engine.report import words
 from engine.report.charts import curves
@@ -15,6 +14,7 @@ from engine.report.facts import Facts, read_facts
 from engine.report.page import clock, environment
 from engine.report.records import read_object
 from engine.report.spans import WAITS, mean_shares
+from engine.storage.access import public
 
 __all__ = ["Line", "compared", "differences", "folders", "named", "write"]
 

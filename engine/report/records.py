@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.json_text import MOST_BYTES, parse_json
+from engine.json_text import MOST_BYTES, parse_object
 
 __all__ = [
     "Record",
@@ -43,10 +43,9 @@ def read_object(file: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where it is missing, damaged, or holds no object."""
     try:
         with opened(file) as text:
-            told = parse_json(text.read(MOST_BYTES + 1))
+            return parse_object(text.read(MOST_BYTES + 1))
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
 
 
 def read_records(file: Path, most_bytes: int = _READ_BYTES) -> Iterator[Record]:
@@ -56,11 +55,9 @@ def read_records(file: Path, most_bytes: int = _READ_BYTES) -> Iterator[Record]:
         with opened(file) as lines:
             for line in _lines(lines, most_bytes):
                 try:
-                    told = parse_json(line)
+                    yield parse_object(line)
                 except ValueError:  # a worker was killed while it wrote
                     continue
-                if isinstance(told, dict):
-                    yield told
     except OSError:
         return
 

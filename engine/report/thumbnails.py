@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from engine.config import CorpusConfig, UserError
-from engine.data.access import scheme
 from engine.data.corpus import Corpus, Sample, open_corpora
+from engine.storage.access import scheme
 
 __all__ = ["Pictures", "Place", "Thumbnail", "Thumbnails", "thumbnails"]
 

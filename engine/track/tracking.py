@@ -9,8 +9,8 @@ from typing import Any
 
 from engine import run_folder
 from engine.config import RunConfig, TrackConfig, UserError, to_dict
-from engine.data.access import public
 from engine.progress import say
+from engine.storage.access import public
 from engine.track.aside import Aside
 from engine.track.child import About, Child
 from engine.track.metrics import Reader

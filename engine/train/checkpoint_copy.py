@@ -19,8 +19,8 @@ from pathlib import Path
 
 from engine import durable
 from engine.config import RunConfig, UserError
-from engine.labels.folder import open_folder
 from engine.progress import say
+from engine.storage.folder import open_folder
 from engine.train import checkpoint_files as files
 from engine.train import rollback
 from engine.train.checkpoint import Checkpoint, Unsound, load_latest
@@ -246,7 +246,7 @@ class CheckpointCopy:
     def _names(self) -> dict[int, list[str]]:
         """The files of each checkpoint, whole or not, by its step."""
         found: dict[int, list[str]] = {}
-        for name in self._folder.sizes(""):
+        for name, _ in self._folder.files(""):
             if (step := files.step_of(name.partition("/")[0])) is not None:
                 found.setdefault(step, []).append(name)
         return found

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import durable
-from engine.json_text import parse_json
+from engine.json_text import parse_object
 
 __all__ = [
     "FILES",
@@ -181,12 +181,9 @@ def read_json(file: Path) -> dict[str, Any]:
             data = opened.read(_MOST_JSON_BYTES + 1)
             if len(data) > _MOST_JSON_BYTES:
                 raise ValueError(f"it has more than {_MOST_JSON_BYTES} bytes")
-            told = parse_json(data)
-            if not isinstance(told, dict):
-                raise ValueError("it holds no object")
+            return parse_object(data)
         except (ValueError, OSError) as error:
             raise Damaged(f"{file} is damaged: {error}") from None
-    return told
 
 
 def _verify_file(file: Path, size: int, sha256: str) -> None:

@@ -6,26 +6,31 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import psutil
-import ray
-import ray.exceptions
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.torch.config import _TorchBackend
+from typing import TYPE_CHECKING, Any
 
 from engine import durable, lease
 from engine.config import RunFailed, UserError, share_of
+from engine.imports import uncollected
 from engine.progress import hand_over, say
 from engine.telemetry import Recorder
-from engine.train.stops import Stop, hear_sigterm
-from engine.train.worker import Task, work
+
+with uncollected():
+    import psutil
+    import ray
+    import ray.exceptions
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer, get_device
+    from ray.train.torch.config import _TorchBackend
+
+    from engine.train.stops import Stop, hear_sigterm
+
+if TYPE_CHECKING:
+    from engine.train.worker import Task  # Ray Train's controller can do without the models
 
 __all__ = ["allow_silence", "run_gang"]
 
 _REFUSAL = "refused.txt"  # of a run folder: the UserError of a worker
-_PART_S = "5"  # for a process group to be taken down: one that has lost a worker never is
+_PART_S = "2"  # for a process group to be taken down: one of whose workers hangs never is
 
 
 class _Backend(_TorchBackend):
@@ -58,7 +63,7 @@ def allow_silence(timeout_s: float) -> None:
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s)
 
 
-def run_gang(task: Task) -> dict[str, Any]:
+def run_gang(task: "Task") -> dict[str, Any]:
     """Runs the student workers to their end, and gives what rank 0 has to tell.
 
     A worker that does not answer Ray for as long as allow_silence() says has failed: it is stopped,
@@ -91,11 +96,11 @@ def run_gang(task: Task) -> dict[str, Any]:
     raise AssertionError
 
 
-def _trainer(task: Task) -> TorchTrainer:
+def _trainer(task: "Task") -> TorchTrainer:
     config = task.config
     return TorchTrainer(
         _work,
-        train_loop_config={"task": task},
+        train_loop_config={"task": [ray.put(task)]},  # in a list, Ray Train leaves it alone
         torch_config=_Torch(
             backend="nccl" if config.device == "cuda" else "gloo",
             timeout_s=math.ceil(config.targets.timeout_s + config.student.timeout_s),
@@ -144,8 +149,11 @@ def _blame(rank: int, error: BaseException) -> tuple[bool, bool, int]:
     return not isinstance(error, UserError), follows, rank
 
 
-def _work(told: dict[str, Task]) -> dict[str, Any]:
-    task = told["task"]
+def _work(told: dict[str, list[ray.ObjectRef]]) -> dict[str, Any]:
+    with uncollected():
+        from engine.train.worker import work
+
+        task: Task = ray.get(told["task"][0])
     recorder = Recorder(task.config.folder / "metrics.jsonl")
     hand_over(lambda text: recorder.record("notice", text=text))
     # Here is a thread beside the actor's main one, and only that one may set a signal's handler.

@@ -9,12 +9,13 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec.asyn import get_loop
 
 from engine.config import UserError
-from engine.data.access import (
+from engine.progress import say
+from engine.storage.access import (
     Access,
     Changed,
     Stat,
@@ -24,10 +25,11 @@ from engine.data.access import (
     scheme,
     shown,
 )
-from engine.data.bucket import Bucket
-from engine.data.cache import BlockCache
-from engine.data.web import Web
-from engine.progress import say
+from engine.storage.cache import BlockCache
+
+if TYPE_CHECKING:  # who reads local files can do without their libraries
+    from engine.storage.bucket import Bucket
+    from engine.storage.web import Web
 
 __all__ = ["PIECE", "Access", "Changed", "Stat", "Storage", "Unreadable", "check_url"]
 
@@ -97,6 +99,8 @@ class Storage:
             found = sorted(p for p in glob.glob(inside, recursive=True) if os.path.isfile(p))
             return [f"{where[: len(where) - len(path)]}{p}" for p in found]
         source = self._source(where)
+        from engine.storage.web import Web
+
         if isinstance(source, Web):
             raise UserError(
                 f"{shown(where)}: a web server cannot be listed; name the shards by braces, as in "
@@ -114,7 +118,10 @@ class Storage:
         for source in sources:
             source.close()
 
-    def _source(self, url: str) -> Web | Bucket:
+    def _source(self, url: str) -> "Web | Bucket":
+        from engine.storage.bucket import Bucket
+        from engine.storage.web import Web
+
         check_url(url, "url")
         kind = "http" if scheme(url) == "https" else scheme(url)
         with self._lock:
@@ -141,7 +148,7 @@ class Storage:
                 self._pending.discard(future)
 
     async def _fetch(
-        self, source: Web | Bucket, url: str, start: int, end: int, expected: Stat | None
+        self, source: "Web | Bucket", url: str, start: int, end: int, expected: Stat | None
     ) -> bytes:
         # All pieces must be of one version of the file.
         file = expected

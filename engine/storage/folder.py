@@ -5,13 +5,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fsspec.core import url_to_fs
 
 from engine.config import UserError
-from engine.data.access import scheme
+from engine.storage.access import scheme
 
 __all__ = ["Folder", "open_folder"]
 
@@ -34,8 +35,9 @@ class Folder(Protocol):
     def entries(self, under: str) -> list[str]:
         """Names of the files and folders in a folder, without that of the folder, sorted."""
 
-    def sizes(self, under: str) -> dict[str, int]:
-        """Bytes of the files at any depth in a folder, by whole name, sorted."""
+    def files(self, under: str) -> Iterator[tuple[str, int]]:
+        """Whole name and bytes of each file at any depth in a folder. Of millions it holds those
+        of one folder at a time."""
 
     def broken_off(self, under: str, older_than_s: float) -> list[str]:
         """Names of what writes have left that were broken off."""
@@ -89,9 +91,10 @@ class _Local:
             return []
         return [name for name in found if not name.endswith(_BROKEN_OFF)]
 
-    def sizes(self, under: str) -> dict[str, int]:
-        found = ((name, about) for name, about in self._walk(under))
-        return {n: about.st_size for n, about in sorted(found) if not n.endswith(_BROKEN_OFF)}
+    def files(self, under: str) -> Iterator[tuple[str, int]]:
+        for name, about in self._walk(under):
+            if not name.endswith(_BROKEN_OFF):
+                yield name, about.st_size
 
     def broken_off(self, under: str, older_than_s: float) -> list[str]:
         before = time.time() - older_than_s
@@ -103,7 +106,7 @@ class _Local:
 
     def _walk(self, under: str) -> Iterator[tuple[str, os.stat_result]]:
         try:
-            inside = list(os.scandir(self._root / under))
+            inside = sorted(os.scandir(self._root / under), key=attrgetter("name"))
         except FileNotFoundError:  # not there, or removed meanwhile
             return
         for entry in inside:
@@ -155,11 +158,20 @@ class _Remote:
                 return []
             return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
 
-    def sizes(self, under: str) -> dict[str, int]:
-        with _faults(under):
-            found: dict[str, Any] = self._fs.find(self._path(under), detail=True)
-        cut = len(self._root) + 1
-        return {path[cut:]: about["size"] for path, about in sorted(found.items())}
+    def files(self, under: str) -> Iterator[tuple[str, int]]:
+        with _faults(under):  # fsspec's own walk() takes a folder that it may not list for empty
+            try:
+                inside = self._fs.ls(self._path(under), detail=True)
+            except FileNotFoundError:
+                return
+        for about in sorted(inside, key=itemgetter("name")):
+            name = about["name"].rstrip("/")[len(self._root) + 1 :]
+            if name == under:  # a marker of the folder itself
+                continue
+            if about["type"] == "directory":
+                yield from self.files(name)
+            else:
+                yield name, about["size"]
 
     def broken_off(self, under: str, older_than_s: float) -> list[str]:
         return []

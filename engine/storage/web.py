@@ -15,7 +15,8 @@ from aiohttp.resolver import ThreadedResolver
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
-from engine.data.access import (
+from engine.progress import say
+from engine.storage.access import (
     Access,
     Changed,
     Stat,
@@ -25,7 +26,6 @@ from engine.data.access import (
     require_public,
     shown,
 )
-from engine.progress import say
 
 __all__ = ["Web"]
 

@@ -8,7 +8,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from engine.config import UserError
-from engine.data.access import Access, Stat, Unreadable, Unsteady
+from engine.storage.access import Access, Stat, Unreadable, Unsteady
 
 __all__ = ["Bucket"]
 
