@@ -94,7 +94,7 @@ PLANS["cuda, short"] = PLANS["cuda"]._replace(
     towers=(Tower(L14, 256, ("bf16", "fp16", "fp8")),), steps=(256,), rounds=3, long_rounds=2
 )
 PLANS["cpu, short"] = PLANS["cpu"]._replace(
-    towers=(Tower(B16, 8),), steps=(8,), rounds=2, long_rounds=1
+    towers=(Tower(B16, 8),), steps=(8,), rounds=2, long_rounds=1, resident=False
 )
 
 

@@ -55,7 +55,8 @@ Works = dict[str, Work]
 def against_reference(rig: Rig) -> None:
     pair = Pair.drawn(*rig.plan.pair, rig.plan.classes)
     _reference_loads(rig, pair)
-    _reference_resident(rig, pair)
+    if rig.plan.resident:
+        _reference_resident(rig, pair)
 
 
 def against_open_clip(rig: Rig) -> None:

@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     rounds: int
     long_rounds: int  # where a call takes up to a minute
     least_s: float  # of one measurement
+    resident: bool = True  # the reference's step once more, with images in memory
 
 
 class Work(NamedTuple):

@@ -177,9 +177,9 @@ class TeacherConfig(Section):
     """Prompts learned by `promptkd pretrain`, or a checkpoint of the reference's PromptSRC or MaPLe
     (model.pth.tar-20). Empty: zero-shot."""
     precision: TeacherPrecision = "auto"
-    """auto: fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32. fp8 (GPUs of compute
-    capability 8.9 or more) and int8 (8.0 or more) are faster there, and are compared with fp16 on
-    the run's first 256 images. On a CPU they are slow, and for trying out."""
+    """auto: fp16 on a GPU; on a CPU bf16 where it has AMX or AVX512-BF16, else fp32. fp8 (GPUs of
+    compute capability 8.9 or more) and int8 (8.0 or more) are faster there, and are compared with
+    fp16 on the run's first 256 images. On a CPU they are slow, and for trying out."""
     compile: Compile = "auto"
     """The tower by torch.compile, which takes a minute or so of the start; auto: on GPUs, where it
     works there; on: or not at all."""

@@ -4,10 +4,7 @@ import pytest
 from chaos import Step, stood_still_s, surviving_s
 
 # A step a second; after step 4 nothing for 9 s, then 3 and 4 anew, and on.
-STEPS = [
-    Step(float(at), n)
-    for at, n in zip([*range(1, 5), *range(13, 19)], [1, 2, 3, 4] + [*range(3, 9)])
-]
+STEPS = [*map(Step, [1.0, 2.0, 3.0, 4.0, *map(float, range(13, 19))], [1, 2, 3, 4, *range(3, 9)])]
 
 
 def test_goodput_counts_what_survives_and_no_stall():

@@ -28,6 +28,7 @@ __all__ = [
     "Clip",
     "ImageTower",
     "PatchEmbedding",
+    "bf16_instructions",
     "folded",
     "half_precision",
     "load_clip",
@@ -246,10 +247,17 @@ def trained_precision(precision: P, device: str) -> P | Literal["fp32", "bf16"]:
     return "bf16" if device == "cuda" else "fp32"
 
 
+def bf16_instructions() -> str:
+    """What this machine's CPU multiplies bf16 by, twice as fast as fp32 or more; empty: nothing."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+
+
 def half_precision(precision: P, device: torch.device) -> P | Literal["fp32", "bf16", "fp16"]:
-    """Resolves "auto": fp16 on a GPU; on a CPU bf16 where it has AMX tiles, else fp32."""
+    """Resolves "auto": fp16 on a GPU; on a CPU bf16 where it multiplies that faster, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "fp16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    return "bf16" if bf16_instructions() else "fp32"

@@ -52,10 +52,12 @@ def torch_(device: str) -> Iterator[Finding]:
             mend if has_gpu() else "device = cuda needs an NVIDIA GPU and its driver",
         )
     else:
-        amx = torch.cpu._is_amx_tile_supported()
+        from engine.clip.towers import bf16_instructions
+
+        fast = bf16_instructions()
         cores = len(os.sched_getaffinity(0))
         kind = torch.backends.cpu.get_cpu_capability()
-        half = "AMX: teachers in bf16" if amx else "no AMX: teachers in fp32"
+        half = f"{fast}: teachers in bf16" if fast else "no bf16: teachers in fp32"
         yield Finding("torch", "ok", f"{torch.__version__}; no GPU: {cores} cores, {kind}, {half}")
 
 
