@@ -131,7 +131,8 @@ def test_a_damaged_part_is_absent_and_mended(tmp_path):
     for half in halves:
         ours.put(BLOCK, rows(whole, half), half, 8)
     file = min((tmp_path / ours.fingerprint).rglob("*.targets"))
-    file.write_bytes(b"\1" + file.read_bytes()[1:])
+    data = file.read_bytes()
+    file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     assert ours.get(BLOCK, 8) is None and ours.damaged == 1
     for half in halves:
         ours.put(BLOCK, rows(whole, half), half, 8)
