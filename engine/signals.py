@@ -52,6 +52,8 @@ class Signals:
         if self._leaving and isinstance(error, KeyboardInterrupt):
             # Ray makes a plain one of what is raised while it waits.
             raise self._leaving from None
+        if isinstance(error, SystemExit):  # Ray's answer to SIGTERM while it starts
+            raise self.drained(", with no student at work") from None
 
     def listen(self) -> None:
         """Again, after somebody else may have set handlers of his own."""

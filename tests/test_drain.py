@@ -201,11 +201,17 @@ def test_a_drain_that_hangs_is_given_up_in_time(start):
     all_gone(processes, 60)
 
 
-def test_sigterm_before_students_are_at_work_ends_a_driver(start):
+@pytest.mark.parametrize(
+    ("phase", "then_s"), (("starting Ray", 0.5), ("starting Ray", 2), ("device cpu", 0))
+)
+def test_sigterm_before_students_are_at_work_ends_a_driver(start, phase, then_s):
     run = start("--train.passes", "500")
-    run.until(lambda: "device cpu" in run.said())
+    run.until(lambda: phase in run.said())
+    time.sleep(then_s)
+    processes = run.processes()
     run.driver.send_signal(signal.SIGTERM)
     assert run.ended(30) == 143, run.said()
+    all_gone(processes, 60)
 
 
 @pytest.mark.parametrize("source", ("inline", "stream"))

@@ -9,7 +9,7 @@ import pytest
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 DRIVER = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from contextlib import closing
 from engine import lease
 from engine.signals import Signals
@@ -20,6 +20,8 @@ folder, at_work, leaves, lingers = pathlib.Path(sys.argv[1]), *map(int, sys.argv
 def drive(_):
     with Signals() as signals, closing(lease.take(folder)) as held:
         try:
+            if at_work < -1:  # as ray.init() does, while it connects
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
             if at_work < 0:
                 print("no worker", flush=True)
                 time.sleep(60)
@@ -46,6 +48,7 @@ sys.exit(run(drive, [], "distill"))
         (0, 1, 0, [INT], 130, "distill: interrupted"),
         (-1, 1, 0, [INT], 130, "distill: interrupted"),
         (-1, 1, 0, [TERM], 143, "distill: ended by SIGTERM, with no student at work"),
+        (-2, 1, 0, [TERM], 143, "distill: ended by SIGTERM, with no student at work"),
         (1, 0, 0, [INT, INT], 130, "distill: stopped; --resume goes on from the newest"),
         (1, 0, 0, [TERM, TERM], 143, "SIGTERM again stops at once"),
         (1, 0, 1, [INT, INT, INT], 130, "Ctrl-C again stops at once"),
