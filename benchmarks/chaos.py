@@ -33,7 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,15 +226,15 @@ def stood_still_s(steps: list[Step], blow: float) -> float:
     return longest_s
 
 
-def struck(run: Run, kind: str, blows: int, draw: random.Random) -> Iterator[float]:
-    """Seconds of recovery from each blow; those that fell while another's was being recovered from
-    count with it."""
+def struck(run: Run, kind: str, blows: int, draw: random.Random) -> tuple[list[float], int]:
+    """Seconds of recovery from each blow, and how many fell before the run had ended; one that fell
+    while another's was being recovered from counts with it."""
     await_step(run, 1)
-    landed = 0
+    recovered, landed = [], 0
     while landed < blows:
         time.sleep(draw.uniform(0.2, 3))
         if run.ended():
-            return
+            break
         fell = time.time()
         if not strike(run, kind, draw):
             continue
@@ -244,8 +244,9 @@ def struck(run: Run, kind: str, blows: int, draw: random.Random) -> Iterator[flo
             landed += strike(run, kind, draw)
         before = run.furthest()
         await_step(run, before + SETTLED)
-        yield stood_still_s(run.steps(), fell)
+        recovered.append(stood_still_s(run.steps(), fell))
         print(f"{kind}: {landed} of {blows}, step {before}", file=sys.stderr)
+    return recovered, landed
 
 
 def finish(run: Run, name: str) -> None:
@@ -261,17 +262,18 @@ def survive(
 ) -> bool:
     calm = Run(config_of(place, "calm", passes), place)
     finish(calm, "calm")
-    config = {"passes": passes, "steps": calm.furthest(), "seed": seed, "blows": blows}
+    config = {"passes": passes, "steps": calm.furthest(), "seed": seed}
     same = True
     for kind in kinds:
         run = Run(config_of(place, kind, passes), place)
-        recovered = list(struck(run, kind, blows, random.Random(f"{seed} {kind}")))
+        recovered, landed = struck(run, kind, blows, random.Random(f"{seed} {kind}"))
         finish(run, kind)
         equal = run.weights() == calm.weights() and run.ledger() == calm.ledger()
         same &= equal
-        told = config | {"longest": round(max(recovered), 1)}
-        bench.add(kind, "ours", "recovery", "s", recovered, told)
-        bench.add(kind, "ours", "same_weights_and_ledger", "1", [float(equal)], config)
+        told = config | {"blows": landed}
+        longest = {"longest": round(max(recovered), 1)}
+        bench.add(kind, "ours", "recovery", "s", recovered, told | longest)
+        bench.add(kind, "ours", "same_weights_and_ledger", "1", [float(equal)], told)
     return same
 
 

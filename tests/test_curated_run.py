@@ -90,5 +90,5 @@ def test_planted_faults_are_found_and_a_student_learns_without_them(local_ray, t
     assert summary["labels"]["from_store"] == seen + len(keys)
     assert summary["steps"] == PASSES * -(-kept // 32)
     (tmp_path / "run" / "summary.json").unlink()  # as of a run that has not ended
-    with pytest.raises(UserError, match=r"corpus\.samples: all here, [0-9a-f]{16} there"):
+    with pytest.raises(UserError, match=r"corpus\.samples: nothing here, [0-9a-f]{16} there"):
         distill(dataclasses.replace(config, targets=alone), resume=True)

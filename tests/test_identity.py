@@ -95,7 +95,7 @@ def test_so_do_frozen_weights_and_noise_for_labels():
 
 def test_so_does_the_list_of_samples_by_what_it_lists():
     assert identity().differences(identity(samples="d" * 64)) == [
-        "corpus.samples: None here, dddddddddddddddd there"
+        "corpus.samples: nothing here, dddddddddddddddd there"
     ]
     assert identity({"corpus.samples": "moved/elsewhere.parquet"}) == identity()
 
@@ -130,7 +130,7 @@ def test_it_comes_back_from_json_as_it_was():
 
 def test_a_field_of_another_release_is_a_difference():
     older = Identity({k: v for k, v in identity().settings.items() if k != "train.feature"})
-    assert identity().differences(older) == ["train.feature: l1 here, None there"]
+    assert identity().differences(older) == ["train.feature: l1 here, nothing there"]
 
 
 def test_all_differences_are_told():

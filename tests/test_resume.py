@@ -42,6 +42,8 @@ def undisturbed(tmp_path_factory, changes) -> Path:
 def killed(world: int, runs: Path, changes: dict, step: int, rank: int = 0) -> None:
     with pytest.raises((ProcessExitedException, ProcessRaisedException)):
         run_distributed(life, world, str(runs), changes, "kill", step, rank)
+    last = (runs / "run" / f"samples-{rank}.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)[0] == step, "it ended otherwise"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

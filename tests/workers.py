@@ -69,11 +69,10 @@ def config_of(runs: Path | str, name: str, changes: dict[str, Any]) -> RunConfig
     for field, value in changes.items():
         section, _, name = field.rpartition(".")
         sections.setdefault(section, {})[name] = value
-    for section, fields in sections.items():
-        if section:
-            fields = {section: dataclasses.replace(getattr(config, section), **fields)}
-        config = dataclasses.replace(config, **fields)
-    return config
+    fields = sections.pop("", {})
+    for section, told in sections.items():
+        fields[section] = dataclasses.replace(getattr(config, section), **told)
+    return dataclasses.replace(config, **fields)  # at once: sections are checked together
 
 
 def assignment_of(config: RunConfig, classes: ClassVectors | None = None) -> Assignment:

@@ -93,5 +93,7 @@ class Identity:
 
 
 def _shown(value: Any) -> str:
+    if value is None:  # not told, as by an older run
+        return "nothing"
     values = value if isinstance(value, list) else [value]
     return ", ".join(v[:16] if isinstance(v, str) else f"{v}" for v in values)
