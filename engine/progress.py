@@ -86,7 +86,8 @@ class Watch:
         self._quiet_s = quiet_s or (_CI_QUIET_S if ci else _QUIET_S)
         # Of the files that are there, what is written from now on.
         there = [file for metrics in files.values() for file in _beside(metrics)]
-        self._tails = {file: _Tail(file, _end(file)) for file in there}
+        self._ends = {file: _end(file) for file in there}
+        self._tails = {file: _Tail(file, end) for file, end in self._ends.items()}
         self._state = State({name: Run() for name in files})
         self._said: set[tuple[str, str]] = set()
         self._done = threading.Event()
@@ -109,8 +110,11 @@ class Watch:
             sunk.close(deadline)
 
     def at_work(self) -> bool:
-        """Whether the workers of any run have begun to train."""
-        return any(run.began for run in self._state.runs.values())
+        """Whether the workers of any run have begun to train. What is shown may be a second behind,
+        so that the files are asked where it knows of none."""
+        shown = any(run.began for run in self._state.runs.values())
+        tails = (_Tail(file, self._ends[file]) for file in self._files.values())
+        return shown or any(one["kind"] == "started" for tail in tails for one in tail.read())
 
     def _follow(self) -> None:
         if self._draws:

@@ -93,6 +93,20 @@ def test_watch_ends_with_its_block_and_hides_no_error(tmp_path):
     assert time.monotonic() - started < 30
 
 
+def test_a_run_is_at_work_from_its_workers_first_record_on(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    started = json.dumps({"time": 1.0, "kind": "started", "step": 0, "passes": 2}) + "\n"
+    file.write_text(started)  # of an earlier life
+    watch = Watch({"run": file, "other": tmp_path / "other.jsonl"})  # which follows nothing yet
+    assert not watch.at_work()
+    with open(file, "a") as opened:
+        opened.write(started)
+    assert watch.at_work()
+    with watch:
+        pass
+    assert watch.at_work()
+
+
 def test_each_new_record_is_handed_on_and_a_broken_sink_is_dropped(tmp_path, capsys):
     """What was there before is not new; half a record of it is cut off by who writes on."""
     telemetry = tmp_path / "telemetry"
